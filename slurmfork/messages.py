@@ -1,0 +1,332 @@
+"""What head, agents and clients say to each other: typed structs, so that nothing malformed gets past decoding.
+
+Two dialects. *API*: JSON over HTTPS between a client and the head (requests in, views out). *Link*: one JSON
+document a line over the mutual-TLS connection that each agent holds to the head (``slurmfork.link``).
+Strict: unknown fields and wrong types are errors. All times are seconds since the epoch, all durations seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from slurmfork import names
+from slurmfork.names import WorkerState
+from slurmfork.spec.model import Ready, Restart, Stop
+
+Name: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.NAME_PATTERN.pattern}$")]
+WorkerName: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.WORKER_PATTERN.pattern}$")]
+Target: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.NAME_PATTERN.pattern}(?:/(?:0|[1-9][0-9]{{0,5}}))?$")]
+EnvName: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.ENV_PATTERN.pattern}$", max_length=256)]
+Text: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00]*$", max_length=131_072)]
+RequestId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+Device: TypeAlias = "int | str"
+
+
+class Strict(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Base of what comes from outside."""
+
+
+# --- workers -----------------------------------------------------------------------------------------------
+
+
+class Order(Strict, kw_only=True, omit_defaults=True):
+    """What the head orders an agent to start: one worker, complete but for what only the node knows.
+
+    ``devices`` are positions in the node's list of granted devices, None for a node's worker that shall see
+    no restriction at all (never used for GPUs). ``env`` holds the run's, the role's and the rank variables;
+    the agent adds devices, ports, paths and readiness.
+    """
+
+    worker: WorkerName
+    command: str | list[str]
+    cwd: str
+    env: dict[EnvName, Text] = field(default_factory=dict)
+    devices: list[int] = field(default_factory=list)
+    target: WorkerName | None = None
+    rank: int = 0
+    ports: int = 0
+    ready: Ready | None = None
+    restart: Restart = field(default_factory=Restart)
+    stop: Stop = field(default_factory=Stop)
+
+
+class WorkerView(Struct, kw_only=True):
+    """One worker as `ps --json`, the API and the agents' reports show it.
+
+    ``exit_status`` is the exit code, or 128 + the signal's number as shells have it; ``reason`` says in words
+    why a worker is not up; ``log_tail`` is the end of its log, for workers that failed.
+    """
+
+    worker: str
+    role: str
+    index: int
+    node: str | None = None
+    pid: int | None = None
+    state: WorkerState = WorkerState.PENDING
+    target: str | None = None
+    gpus: list[Device] = field(default_factory=list)
+    ports: list[int] = field(default_factory=list)
+    restarts: int = 0
+    exit_status: int | None = None
+    log: str | None = None
+    rank: int = 0
+    started: float | None = None
+    ready: float | None = None
+    ended: float | None = None
+    reason: str = ""
+    log_tail: str = ""
+
+
+class StopResult(Struct, kw_only=True):
+    """What became of one worker that was to be stopped. ``survivors`` describes processes that would not die."""
+
+    worker: str
+    exit_status: int | None = None
+    seconds: float = 0.0
+    killed: bool = False
+    survivors: list[str] = field(default_factory=list)
+
+
+# --- API requests ------------------------------------------------------------------------------------------
+
+
+class ForkRequest(Strict, kw_only=True):
+    """POST /v1/fork. ``target`` and ``command`` may be left out where the spec's role gives them.
+
+    ``count`` children for each target (or group of targets); ``env`` goes over the role's own.
+    """
+
+    role: Name
+    request_id: RequestId
+    target: Target | None = None
+    count: Annotated[int, Meta(ge=1, le=1024)] = 1
+    env: dict[EnvName, Text] = field(default_factory=dict)
+    command: Annotated[list[Text], Meta(min_length=1, max_length=4096)] | None = None
+    timeout: Annotated[float, Meta(gt=0, le=86_400)] | None = None
+
+
+class StopRequest(Strict, kw_only=True):
+    """POST /v1/stop: a role, or one worker. ``grace`` overrides the role's own."""
+
+    target: Target
+    request_id: RequestId | None = None
+    grace: Annotated[float, Meta(ge=0, le=86_400)] | None = None
+
+
+class SignalRequest(Strict, kw_only=True):
+    """POST /v1/signal: ``signal`` is a name without SIG; to the workers themselves, not to their trees."""
+
+    target: Target
+    signal: Annotated[str, Meta(pattern=r"^[A-Z0-9+]{2,12}$")]
+
+
+class PortsRequest(Strict, kw_only=True):
+    """POST /v1/ports: reserve ``count`` ports on the node of ``worker``; they are released when it ends."""
+
+    worker: WorkerName
+    count: Annotated[int, Meta(ge=1, le=64)] = 1
+
+
+class CancelRequest(Strict, kw_only=True):
+    """POST /v1/cancel: end the run. ``reason`` is shown in its status."""
+
+    reason: Annotated[Text, Meta(max_length=500)] = ""
+
+
+# --- API replies -------------------------------------------------------------------------------------------
+
+
+class NodeView(Struct, kw_only=True):
+    """One node of a run. ``guarantee``: which containment holds there, ``cgroup`` or ``rings``."""
+
+    node: str
+    address: str = ""
+    joined: bool = False
+    guarantee: str = "rings"
+    devices: list[Device] = field(default_factory=list)
+    cpus: int = 0
+    agent_pid: int | None = None
+    guardian_pid: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class WorkerCounts(Struct, kw_only=True):
+    """How many workers are up with and without a readiness check, have failed, and are known in all."""
+
+    ready: int = 0
+    running: int = 0
+    failed: int = 0
+    total: int = 0
+
+
+class StatusView(Struct, kw_only=True):
+    """GET /v1/status, and ``status.json``: the run as its head sees it. ``seq`` grows with each change."""
+
+    run_id: str
+    state: names.RunState
+    reason: str = ""
+    exit_status: int | None = None
+    nodes: list[NodeView] = field(default_factory=list)
+    counts: WorkerCounts = field(default_factory=WorkerCounts)
+    workers: list[WorkerView] = field(default_factory=list)
+    seq: int = 0
+    updated: float = 0.0
+    started: float | None = None
+    ready: float | None = None
+
+
+class ForkReply(Struct, kw_only=True):
+    """The children of a fork, all of them up."""
+
+    workers: list[WorkerView]
+
+
+class StopReply(Struct, kw_only=True):
+    """What a stop did; ``survivors`` counts processes that are still there."""
+
+    stopped: list[str]
+    survivors: int
+    results: list[StopResult] = field(default_factory=list)
+
+
+class CancelReply(Struct, kw_only=True):
+    """How a cancelled run ended; sent when nothing of it runs on any node that could be asked."""
+
+    state: names.RunState
+    survivors: int
+    unverified: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+
+
+class ErrorReply(Struct, kw_only=True):
+    """Body of every API error. ``kind`` is stable, ``error`` one line for people, ``workers`` who failed and how."""
+
+    error: str
+    kind: str = "refused"
+    workers: list[WorkerView] = field(default_factory=list)
+
+
+class Event(Struct, kw_only=True, omit_defaults=True):
+    """One line of ``events.jsonl`` and of GET /v1/events: something happened to the run or to a worker."""
+
+    seq: int
+    time: float
+    kind: str
+    state: str = ""
+    worker: str | None = None
+    node: str | None = None
+    message: str = ""
+
+
+# --- link: agent <-> head ----------------------------------------------------------------------------------
+
+
+class Join(Strict, kw_only=True):
+    """The first thing that an agent says: who it is and what its node was granted."""
+
+    node: str
+    hostname: str
+    address: str
+    devices: list[Device]
+    cpus: int
+    agent_pid: int
+    guardian_pid: int
+    boot_id: str
+    guarantee: Literal["cgroup", "rings"]
+    version: str
+    notes: list[str] = field(default_factory=list)
+
+
+class StartOrder(Strict, kw_only=True):
+    """Head to agent: start these workers, all or none; answered by a list of WorkerView once each has begun.
+
+    ``request_id``: asked twice, done once. ``reserved``: key -> ports reserved before by ``ReserveOrder`` to be
+    owned by the workers named so.
+    """
+
+    request_id: RequestId
+    orders: list[Order]
+
+
+class ReserveOrder(Strict, kw_only=True):
+    """Head to agent: reserve ports; ``owner`` is the worker (or ``role:NAME``) whose end releases them."""
+
+    owner: str
+    count: int
+
+
+class StopOrder(Strict, kw_only=True):
+    """Head to agent: stop these workers with their trees; answered by a list of StopResult when they are gone.
+
+    ``forget``: drop them from the table afterwards, so that their names are free again.
+    """
+
+    workers: list[WorkerName]
+    grace: float | None = None
+    forget: bool = False
+
+
+class SignalOrder(Strict, kw_only=True):
+    """Head to agent: send a signal to these workers."""
+
+    workers: list[WorkerName]
+    signal: str
+
+
+class EndOrder(Strict, kw_only=True):
+    """Head to agent: stop everything within ``budget`` seconds (None: as each worker's grace asks), sweep, exit.
+
+    Answered by EndReport before the agent exits.
+    """
+
+    budget: float | None = None
+
+
+class EndReport(Strict, kw_only=True):
+    """Agent to head: what the end of the node's work left. ``survivors`` describes each process still there."""
+
+    survivors: list[str] = field(default_factory=list)
+    results: list[StopResult] = field(default_factory=list)
+
+
+class ApiCall(Strict, kw_only=True):
+    """Agent to head: an API request that a worker made on the agent's Unix socket, passed on as it came."""
+
+    method: str
+    path: str
+    body: str = ""
+    worker: str | None = None
+
+
+class ApiAnswer(Strict, kw_only=True):
+    """Head to agent: the answer to an ApiCall."""
+
+    status: int
+    body: str
+
+
+class Going(Strict, kw_only=True):
+    """Agent to head, unasked: this node was told to end (SIGTERM from Slurm, its guardian's death ...)."""
+
+    reason: str
+
+
+class Frame(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """One line on the link. ``id`` pairs a request with its answer; without one it is a notice.
+
+    ``op`` is the request's or the notice's name, empty for an answer; ``error`` set: the request failed.
+    """
+
+    id: int = 0
+    op: str = ""
+    body: msgspec.Raw = msgspec.Raw(b"null")
+    error: str = ""
+    kind: str = ""
+
+
+def to_text(value: Any) -> str:
+    """A struct as JSON text."""
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,270 @@
+"""The run directory: the name of every file in it, and the two safe ways to write one.
+
+Each file has one writer. Files are replaced by rename or appended to, never edited in place, so that a reader
+on another node sees either the old or the new. Everything is private to the user (0700 and 0600), whatever
+the umask.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from slurmfork import names
+from slurmfork.errors import RunDirError, RunNotFound
+
+T = TypeVar("T")
+
+_ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
+
+
+class RunRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """``run.json``: what the submitter knows of a run. Times are seconds since the epoch."""
+
+    version: int = 1
+    run_id: str
+    name: str
+    backend: str
+    submitted: float
+    cwd: str
+    user: str
+    job_id: str | None = None
+    cluster: str | None = None
+    nodes: int | None = None
+
+
+class HeadRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """``head.json``: where the head listens. ``addresses`` are tried in order by clients."""
+
+    version: int = 1
+    addresses: list[str]
+    port: int
+    node: str
+    pid: int
+    boot_id: str
+    start_time: int
+    started: float
+    attempt: int = 0
+    job_id: str | None = None
+
+
+class EndRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """``end.json``: how the run ended, in the words of its head; the last thing that it writes.
+
+    ``survivors`` counts processes that could not be ended; ``unverified`` names nodes that could not be asked.
+    """
+
+    version: int = 1
+    state: names.RunState
+    reason: str
+    exit_status: int | None
+    survivors: int
+    ended: float
+    unverified: list[str] = []
+
+
+class RunDir:
+    """Paths of one run, and reading and writing of its records."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def record(self) -> Path:
+        """run.json, written by the submitter."""
+        return self.path / "run.json"
+
+    @property
+    def spec(self) -> Path:
+        """spec.json, the resolved spec."""
+        return self.path / "spec.json"
+
+    @property
+    def source(self) -> Path:
+        """spec.yaml, the user's own text."""
+        return self.path / "spec.yaml"
+
+    @property
+    def script(self) -> Path:
+        """batch.sh, the rendered batch script."""
+        return self.path / "batch.sh"
+
+    @property
+    def batch_log(self) -> Path:
+        """Output of the batch script and of the head."""
+        return self.path / "batch.log"
+
+    @property
+    def batch_status(self) -> Path:
+        """Exit status of the batch script, written by its exit trap: there even if no head ever started."""
+        return self.path / "batch.status"
+
+    @property
+    def head(self) -> Path:
+        return self.path / "head.json"
+
+    @property
+    def status(self) -> Path:
+        """status.json, the head's last picture of the run."""
+        return self.path / "status.json"
+
+    @property
+    def events(self) -> Path:
+        """events.jsonl, appended to by the head."""
+        return self.path / "events.jsonl"
+
+    @property
+    def end(self) -> Path:
+        return self.path / "end.json"
+
+    @property
+    def credentials(self) -> Path:
+        return self.path / "credentials"
+
+    @property
+    def secrets(self) -> Path:
+        """secrets.json: values of the spec's secrets; 0600, removed when the run ends."""
+        return self.path / "credentials" / "secrets.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def worker_log(self, role: str, index: int) -> Path:
+        return self.logs / f"{role}-{index}.log"
+
+    @property
+    def agents(self) -> Path:
+        return self.path / "agents"
+
+    def agent_log(self, node: str) -> Path:
+        return self.agents / f"{node}.log"
+
+    @property
+    def journals(self) -> Path:
+        return self.path / "journal"
+
+    def journal(self, node: str) -> Path:
+        return self.journals / f"{node}.jsonl"
+
+    def make(self) -> None:
+        """Create the directory tree, private; raises RunDirError if it exists or cannot be written."""
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in (self.path, self.credentials, self.logs, self.agents, self.journals):
+                path.mkdir(mode=0o700)
+                path.chmod(0o700)
+        except OSError as error:
+            raise RunDirError(
+                f"cannot create the run directory {self.path}: {error.strerror}; "
+                "choose a directory on the shared file system with --root or SLURMFORK_ROOT"
+            ) from None
+
+    def write(self, path: Path, data: bytes, *, executable: bool = False) -> None:
+        """Replace ``path`` atomically with ``data``, mode 0600 (0700 if executable); raises RunDirError."""
+        try:
+            replace_file(path, data, mode=0o700 if executable else 0o600)
+        except OSError as error:
+            raise RunDirError(f"cannot write {path}: {error.strerror}") from None
+
+    def write_record(self, path: Path, record: Any) -> None:
+        """Replace ``path`` with a struct as indented JSON."""
+        self.write(path, msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+
+    def read_record(self, path: Path, kind: type[T]) -> T | None:
+        """Read a struct back; None where the file is not there (yet). Raises RunDirError for nonsense."""
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunDirError(f"cannot read {path}: {error.strerror}") from None
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RunDirError(f"{path} is damaged: {error}") from None
+
+
+def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Write ``data`` beside ``path`` and rename it there; the mode holds whatever the umask is."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def default_root() -> Path:
+    """SLURMFORK_ROOT, or ~/.slurmfork/runs: where run directories live."""
+    value = os.environ.get(names.ROOT)
+    return Path(value).expanduser().absolute() if value else Path.home() / ".slurmfork" / "runs"
+
+
+def new_run_id(name: str) -> str:
+    """A run id: the spec's name and six random letters, so that it is short enough to type."""
+    return name + "-" + "".join(secrets.choice(_ALPHABET) for _ in range(6))
+
+
+def run_dirs(root: Path) -> Iterator[RunDir]:
+    """Every run directory under ``root`` that belongs to this user (others' are not to be believed)."""
+    try:
+        entries = list(os.scandir(root))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunDirError(f"cannot read {root}: {error.strerror}") from None
+    for entry in entries:
+        if not names.RUN_ID_PATTERN.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+            continue
+        if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
+            continue
+        rundir = RunDir(Path(entry.path))
+        if rundir.record.exists():
+            yield rundir
+
+
+def find(root: Path, wanted: str) -> RunDir:
+    """The run that ``wanted`` names: a run id, a unique prefix of one, a job id, or ``last``.
+
+    Raises RunNotFound where there is none, or more than one.
+    """
+    if names.RUN_ID_PATTERN.fullmatch(wanted):
+        exact = RunDir(root / wanted)
+        if exact.record.exists():
+            return exact
+    runs = {rundir.run_id: rundir for rundir in run_dirs(root)}
+    if not runs:
+        raise RunNotFound(f"there is no run under {root} (--root and SLURMFORK_ROOT choose another place)")
+    records = {run_id: rundir.read_record(rundir.record, RunRecord) for run_id, rundir in runs.items()}
+    by_age = sorted((r for r in records.values() if r is not None), key=lambda record: record.submitted)
+    if wanted == "last":
+        return runs[by_age[-1].run_id]
+    by_job = [record.run_id for record in by_age if record.job_id == wanted]
+    if by_job:  # job ids are reused after a reset of Slurm: the latest is meant
+        return runs[by_job[-1]]
+    matches = sorted(run_id for run_id in runs if run_id.startswith(wanted))
+    if len(matches) == 1:
+        return runs[matches[0]]
+    if matches:
+        shown = ", ".join(matches[:5]) + (" ..." if len(matches) > 5 else "")
+        raise RunNotFound(f"{wanted!r} could be any of {len(matches)} runs: {shown}")
+    raise RunNotFound(f"no run {wanted!r} under {root}; `slurmfork status` lists the runs that there are")

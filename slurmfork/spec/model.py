@@ -1,0 +1,140 @@
+"""The shape of a spec: one struct per section, field names as in the YAML file.
+
+Plain data with defaults; what may stand in a field beyond its type is checked in ``slurmfork.spec.checks``.
+The field comments are the reference: docs/spec.md is generated from this file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=1_000_000)]
+Positive: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
+Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=31_536_000)]
+
+
+class Section(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, frozen=True):
+    """Base of all sections: unknown keys are errors, instances never change."""
+
+
+class Ready(Section, kw_only=True):
+    """When a worker counts as ready. Exactly one of ``notify``, ``http``, ``tcp``."""
+
+    # The worker says READY=1 on $NOTIFY_SOCKET (systemd's protocol).
+    notify: bool = False
+    # A path; a GET of it on the worker's first port answers 2xx or 3xx.
+    http: str | None = None
+    # The worker's first port accepts a connection.
+    tcp: bool = False
+    # Seconds from its start after which a worker that is not ready has failed.
+    timeout: Annotated[float, Meta(gt=0, le=31_536_000)] = 120.0
+
+
+class Restart(Section, kw_only=True):
+    """What happens when a worker ends by itself."""
+
+    # never; on-failure: when its exit status is not 0; always.
+    policy: Literal["never", "on-failure", "always"] = "never"
+    # Restarts at most, over the life of the worker.
+    max: Count = 3
+    # Seconds before the first restart; doubled for each further one, 60 at most.
+    backoff: Seconds = 1.0
+
+
+class Stop(Section, kw_only=True):
+    """How a worker is asked to end, before SIGKILL to its whole tree."""
+
+    # TERM, INT, USR1 ...: a signal's name without SIG.
+    signal: str = "TERM"
+    # Seconds between that signal and SIGKILL.
+    grace: Seconds = 10.0
+
+
+class Strategy(Section, kw_only=True):
+    """Where a role's workers go."""
+
+    # separation: devices of their own; colocation: on the devices of the target's workers.
+    type: Literal["separation", "colocation"] = "separation"
+    # The role beside whose workers these are started (colocation only).
+    target: str | None = None
+    # true: a process of its own beside the target. false is for engine roles only.
+    fork: bool = True
+
+
+class Role(Section, kw_only=True):
+    """A named group of identical workers."""
+
+    # A list of arguments, or one string for the shell. {port}, {ports}, {index}, {rank}, {role}, {worker},
+    # {node}, {run_id}, {run_dir} are filled in; write {{port}} for the text {port}.
+    command: str | list[str]
+    # Workers in all. With colocation, left out: one for each group of targets that gives it its devices.
+    replicas: Positive | None = None
+    # Workers on every node; in place of replicas.
+    per_node: Positive | None = None
+    # GPUs of each worker. Left out: 0, or with colocation all those of its target.
+    gpus: Count | None = None
+    # CPUs of each worker, to size the request and to pack. Left out: one per GPU.
+    cpus: Count | None = None
+    # Environment of these workers, over the run's.
+    env: dict[str, str] = field(default_factory=dict)
+    # Working directory, absolute. Left out: the directory of submission.
+    cwd: str | None = None
+    # Free TCP ports to reserve for each worker, in SLURMFORK_PORTS and as {port}.
+    ports: Annotated[int, Meta(ge=0, le=64)] = 0
+    ready: Ready | None = None
+    restart: Restart = field(default_factory=Restart)
+    stop: Stop = field(default_factory=Stop)
+    # end: a failed worker ends the run. ignore: it does not.
+    on_failure: Literal["end", "ignore"] = "end"
+    # The run ends with this role, and with its exit status.
+    main: bool = False
+    strategy: Strategy = field(default_factory=Strategy)
+    # false: started by `slurmfork fork` (colocation only).
+    autostart: bool = True
+
+    @property
+    def colocated(self) -> bool:
+        """Whether this role lives on the devices of another."""
+        return self.strategy.type == "colocation"
+
+
+class Local(Section, kw_only=True, rename="kebab"):
+    """What each node of the local backend offers. Left out: what this machine has."""
+
+    gpus_per_node: Count | None = None
+    cpus_per_node: Positive | None = None
+
+
+class Spec(Section, kw_only=True):
+    """A whole spec file."""
+
+    # Letters, digits, - and _; 40 at most. Begins the run id.
+    name: str
+    # local | slurm; the command line can override it.
+    backend: Literal["local", "slurm"] = "slurm"
+    # Nodes; left out: as few as the roles need.
+    nodes: Positive | None = None
+    # Every long option of sbatch by its own name, and `template`: a template of your own.
+    slurm: dict[str, Any] = field(default_factory=dict)
+    local: Local = field(default_factory=Local)
+    # Shell lines before the agents start, on the first node.
+    setup: str = ""
+    # Environment of every worker.
+    env: dict[str, str] = field(default_factory=dict)
+    # Names of variables whose values come from the submitter's environment, by a 0600 file.
+    secrets: list[str] = field(default_factory=list)
+    # auto | none: which containment a node must give (namespaces are not offered yet).
+    isolation: Literal["auto", "none"] = "auto"
+    roles: dict[str, Role]
+
+    def to_json(self) -> bytes:
+        """The resolved spec as it is stored in the run directory."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Spec:
+        """Read a stored spec back; raises msgspec.ValidationError if it is not one."""
+        return msgspec.json.decode(data, type=cls)
