@@ -1,0 +1,191 @@
+"""The client: speaks the API to a run's head, over one connection that it holds, under mutual TLS.
+
+Standard library only: it is on the path of every command. A request that was lost with its connection is sent
+again only where that is harmless (reads, and requests that carry a request id).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import secrets
+import socket
+import ssl
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from slurmfork import credentials
+from slurmfork.errors import Refused, Unreachable
+from slurmfork.messages import (
+    CancelReply,
+    CancelRequest,
+    ErrorReply,
+    Event,
+    ForkReply,
+    ForkRequest,
+    SignalRequest,
+    StatusView,
+    StopReply,
+    StopRequest,
+    WorkerView,
+)
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT = 5.0
+READ_TIMEOUT = 30.0
+LONG_TIMEOUT = 7 * 86_400.0  # a fork waits for readiness, a cancel for graces: the head bounds both
+
+
+class Client:
+    """A connection to the head of one run; opened at the first request, closed by ``close`` or ``with``.
+
+    ``addresses`` are tried in order. Raises Unreachable where no head answers, Refused where it says no.
+    """
+
+    def __init__(self, addresses: Sequence[str], port: int, directory: Path, run_id: str) -> None:
+        self._addresses = list(addresses)
+        self._port = port
+        self._directory = directory
+        self._run_id = run_id
+        self._context: ssl.SSLContext | None = None
+        self._connection: http.client.HTTPConnection | None = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the next request opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    # --- verbs
+
+    def health(self, timeout: float = READ_TIMEOUT) -> dict[str, Any]:
+        """GET /v1/health."""
+        return self._ask("GET", "/v1/health", None, dict[str, Any], timeout=timeout)
+
+    def status(self, *, workers: bool = True, timeout: float = READ_TIMEOUT) -> StatusView:
+        """GET /v1/status."""
+        return self._ask("GET", "/v1/status" + ("" if workers else "?workers=0"), None, StatusView, timeout=timeout)
+
+    def workers(self) -> list[WorkerView]:
+        """GET /v1/workers."""
+        return self._ask("GET", "/v1/workers", None, dict[str, list[WorkerView]])["workers"]
+
+    def fork(self, request: ForkRequest) -> ForkReply:
+        """POST /v1/fork; returns when the children are up. Refused.detail lists the workers that failed."""
+        return self._ask("POST", "/v1/fork", request, ForkReply, timeout=LONG_TIMEOUT, repeat=True)
+
+    def stop(self, request: StopRequest) -> StopReply:
+        """POST /v1/stop; returns when they are gone."""
+        again = request.request_id is not None
+        return self._ask("POST", "/v1/stop", request, StopReply, timeout=LONG_TIMEOUT, repeat=again)
+
+    def signal(self, request: SignalRequest) -> list[str]:
+        """POST /v1/signal; the names of the workers that were signalled."""
+        return self._ask("POST", "/v1/signal", request, dict[str, list[str]])["signalled"]
+
+    def cancel(self, request: CancelRequest) -> CancelReply:
+        """POST /v1/cancel; returns when nothing of the run is left on any node that could be asked."""
+        return self._ask("POST", "/v1/cancel", request, CancelReply, timeout=LONG_TIMEOUT, repeat=True)
+
+    def events(self, since: int = 0, timeout: float | None = None) -> Iterator[Event]:
+        """Events after number ``since`` as they happen, until the head goes away.
+
+        Raises TimeoutError when none came for ``timeout`` seconds.
+        """
+        connection = self._open(timeout or LONG_TIMEOUT)
+        try:
+            connection.request("GET", f"/v1/events?follow=1&since={since}")
+            response = connection.getresponse()
+            if response.status != 200:
+                raise _refusal(response.status, response.read())
+            while line := response.readline():
+                yield msgspec.json.decode(line, type=Event)
+        except socket.timeout:
+            raise TimeoutError from None
+        except (OSError, http.client.HTTPException):
+            return  # the head is gone: so is the stream
+        finally:
+            connection.close()
+
+    # --- transport
+
+    def _ask(
+        self, method: str, path: str, body: Any, kind: type[T], *, timeout: float = READ_TIMEOUT, repeat: bool = False
+    ) -> T:
+        data = None if body is None else msgspec.json.encode(body)
+        status, answer = self._exchange(method, path, data, timeout, repeat=repeat or method == "GET")
+        if status != 200:
+            raise _refusal(status, answer)
+        return msgspec.json.decode(answer, type=kind)
+
+    def _exchange(
+        self, method: str, path: str, data: bytes | None, timeout: float, *, repeat: bool
+    ) -> tuple[int, bytes]:
+        fresh = self._connection is None
+        try:
+            return self._once(method, path, data, timeout)
+        except socket.timeout:
+            self.close()
+            raise Unreachable(f"the head of run {self._run_id} did not answer within {timeout:.0f} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            if fresh or not repeat:
+                raise Unreachable(f"the head of run {self._run_id} cannot be reached: {error}") from None
+        return self._exchange(method, path, data, timeout, repeat=False)  # a held connection had gone stale
+
+    def _once(self, method: str, path: str, data: bytes | None, timeout: float) -> tuple[int, bytes]:
+        if self._connection is None:
+            self._connection = self._open(timeout)
+        assert self._connection.sock is not None
+        self._connection.sock.settimeout(timeout)
+        self._connection.request(method, path, body=data)
+        response = self._connection.getresponse()
+        answer = response.read()
+        if response.will_close:
+            self.close()
+        return response.status, answer
+
+    def _open(self, timeout: float) -> http.client.HTTPConnection:
+        if self._context is None:
+            self._context = credentials.client_context(self._directory)
+        name = credentials.server_name(self._run_id)
+        failure: OSError | None = None
+        for address in self._addresses:
+            try:
+                raw = socket.create_connection((address, self._port), min(timeout, CONNECT_TIMEOUT))
+            except OSError as error:
+                failure = error
+                continue
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                tls = self._context.wrap_socket(raw, server_hostname=name)
+            except BaseException:
+                raw.close()
+                raise
+            tls.settimeout(timeout)
+            connection = http.client.HTTPConnection(name, self._port)
+            connection.sock = tls
+            return connection
+        raise failure or OSError("the head has no address")
+
+
+def new_request_id() -> str:
+    """A request id: what carries it is done once, however often it is sent."""
+    return secrets.token_hex(12)
+
+
+def _refusal(status: int, body: bytes) -> Refused:
+    with contextlib.suppress(msgspec.DecodeError):
+        reply = msgspec.json.decode(body, type=ErrorReply)
+        return Refused(reply.error, reply.kind, reply.workers)
+    return Refused(f"the head answered {status}: {body[:200].decode(errors='replace')}", "internal")

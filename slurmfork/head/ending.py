@@ -1,0 +1,172 @@
+"""How a run ends: who decides it, and what is done so that nothing is left when it is said.
+
+The first verdict holds. Then: forks are refused, every agent stops all that it has and leaves, the launcher ends,
+secrets are removed, and only after that ``end.json`` says how it went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+from slurmfork.errors import RunDirError, SlurmforkError
+from slurmfork.head.launcher import Launcher
+from slurmfork.head.members import Members
+from slurmfork.head.table import Table
+from slurmfork.head.workers import STOP_MARGIN, Workers
+from slurmfork.messages import EndOrder, EndReport, WorkerView
+from slurmfork.names import OVER_STATES, RunState, WorkerState
+from slurmfork.rundir import EndRecord, RunDir
+
+log = logging.getLogger(__name__)
+
+SIGTERM_STATUS = 128 + 15
+HOLD = 0.5  # a worker that dies of SIGTERM may be the first to hear that the whole job is being ended
+LAUNCHER_PATIENCE = 15.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the run shall end. ``budget``: seconds in which all must be gone (None: as each worker's grace asks)."""
+
+    state: RunState
+    reason: str
+    exit_status: int | None
+    budget: float | None = None
+
+
+class Ending:
+    """Watches the table for what ends a run, and carries the verdict out."""
+
+    def __init__(
+        self, table: Table, members: Members, workers: Workers, launcher: Launcher, rundir: RunDir, *, main: str | None
+    ) -> None:
+        self.decided: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[EndRecord] = asyncio.get_running_loop().create_future()
+        self.warned = False
+        self._table, self._members, self._workers = table, members, workers
+        self._launcher, self._rundir, self._main = launcher, rundir, main
+        self._holds: set[asyncio.TimerHandle] = set()
+
+    def decide(self, verdict: Verdict) -> None:
+        """Say how the run ends; only the first word counts."""
+        if not self.decided.done():
+            self.decided.set_result(verdict)
+            self._table.set_state(RunState.STOPPING, verdict.reason)
+
+    # --- what ends a run
+
+    def told(self, reason: str, budget: float | None) -> None:
+        """Slurm, or somebody by signal, ends the job."""
+        state = RunState.TIMEOUT if self.warned else RunState.CANCELLED
+        reason = "the time limit was reached" if self.warned else reason
+        self.decide(Verdict(state, reason, None, budget))
+
+    def worker_changed(self, view: WorkerView, planned: list[str]) -> None:
+        """Judge a worker's new state: failures end the run, and so does the end of the main role."""
+        if self.decided.done():
+            return
+        if view.state is WorkerState.FAILED and not self._tolerated(view):
+            if view.exit_status == SIGTERM_STATUS:
+                self._hold(view)
+            else:
+                self._fail(view)
+        elif view.state in OVER_STATES:
+            self._check_over(planned)
+
+    def _tolerated(self, view: WorkerView) -> bool:
+        return self._workers.forking(view.role) or self._workers.ignores(view.role)
+
+    def _hold(self, view: WorkerView) -> None:
+        loop = asyncio.get_running_loop()
+        self._holds.add(loop.call_later(HOLD, self._fail, view))
+
+    def _fail(self, view: WorkerView) -> None:
+        reason = f"{view.worker} failed: {view.reason}"
+        self.decide(Verdict(RunState.FAILED, reason, view.exit_status or 1))
+
+    def _check_over(self, planned: list[str]) -> None:
+        """The run is over with its main role, or without one when all planned workers are."""
+        views = [self._table.workers[name] for name in planned if name in self._table.workers]
+        if self._main is not None:
+            views = [view for view in views if view.role == self._main]
+        if not views or any(view.state not in OVER_STATES for view in views):
+            return
+        if self._main is not None and any(view.state is WorkerState.STOPPED for view in views):
+            self.decide(Verdict(RunState.CANCELLED, f"the main role {self._main} was stopped", None))
+        else:
+            what = f"{self._main} is done" if self._main else "all workers are done"
+            self.decide(Verdict(RunState.COMPLETED, what, 0))
+
+    def node_lost(self, node: str) -> None:
+        """An agent is gone for longer than its lease: its workers are, too, or soon will be."""
+        for view in list(self._table.workers.values()):
+            if view.node == node and view.state not in OVER_STATES:
+                view.state, view.reason = WorkerState.FAILED, f"the agent on {node} was lost"
+                self._table.event("worker", state="failed", worker=view.worker, node=node, message=view.reason)
+        self.decide(Verdict(RunState.FAILED, f"the agent on node {node} was lost", 1))
+
+    def launcher_ended(self, log_tail: str) -> None:
+        """The launcher is gone while the run was not over: no agent is left, or none ever came."""
+        status = self._launcher.status
+        told = f" with {status}" if status is not None else ""
+        reason = f"the agents' launcher ({os.path.basename(self._launcher.argv[0])}) ended{told}"
+        self.decide(Verdict(RunState.FAILED, f"{reason}: {log_tail}" if log_tail else reason, status or 1))
+
+    # --- carrying it out
+
+    async def carry_out(self) -> EndRecord:
+        """Wait for the verdict, then end everything; returns, and writes, the record of it."""
+        verdict = await self.decided
+        for hold in self._holds:
+            hold.cancel()
+        survivors, unverified = await self._end_agents(verdict.budget)
+        await self._launcher_gone(verdict.budget)
+        with contextlib.suppress(OSError):
+            self._rundir.secrets.unlink(missing_ok=True)
+        record = EndRecord(
+            state=verdict.state,
+            reason=verdict.reason,
+            exit_status=verdict.exit_status,
+            survivors=len(survivors),
+            ended=time.time(),
+            unverified=unverified,
+        )
+        for line in survivors:
+            log.error("still alive: %s", line)
+        self._table.set_state(verdict.state, verdict.reason, verdict.exit_status)
+        await self._table.close()
+        try:
+            self._rundir.write_record(self._rundir.end, record)
+        except RunDirError as error:
+            log.error("the end could not be recorded: %s", error)
+        self.done.set_result(record)
+        return record
+
+    async def _end_agents(self, budget: float | None) -> tuple[list[str], list[str]]:
+        """(descriptions of survivors, nodes that could not be asked)."""
+        nodes = [member.node for member in self._members.sorted()]
+        patience = STOP_MARGIN + (self._workers.longest_grace() if budget is None else budget)
+        bodies = {node: EndOrder(budget=budget) for node in nodes}
+        answers = await self._members.ask_each("end", bodies, EndReport, timeout=patience)
+        survivors: list[str] = []
+        unverified: list[str] = []
+        for node, answer in answers.items():
+            if isinstance(answer, SlurmforkError):
+                log.warning("node %s: %s", node, answer)
+                unverified.append(node)
+            else:
+                survivors += [f"{node}: {line}" for line in answer.survivors]
+        return survivors, unverified
+
+    async def _launcher_gone(self, budget: float | None) -> None:
+        """The launcher ends when the last guardian has; bounded, as nothing more depends on it."""
+        patience = LAUNCHER_PATIENCE if budget is None else min(LAUNCHER_PATIENCE, budget)
+        try:
+            await asyncio.wait_for(asyncio.shield(self._launcher.ended), patience)
+        except asyncio.TimeoutError:
+            log.warning("the launcher is still there after %.0f s", patience)

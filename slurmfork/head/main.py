@@ -1,0 +1,290 @@
+"""The head's main: brings listeners, launcher, agents, plan and workers up in that order, then sees the run end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from slurmfork import credentials, names
+from slurmfork.errors import PlanError, Refused, RunDirError, SlurmforkError
+from slurmfork.head import addresses
+from slurmfork.head.api import Api
+from slurmfork.head.ending import Ending, Verdict
+from slurmfork.head.launcher import Launcher
+from slurmfork.head.members import Members, listen
+from slurmfork.head.table import Table
+from slurmfork.head.workers import Workers
+from slurmfork.messages import ApiAnswer, ApiCall, CancelReply, CancelRequest, Going, NodeView, WorkerView
+from slurmfork.names import RunState
+from slurmfork.plan import Node, plan, request
+from slurmfork.process import boot_id, identify
+from slurmfork.rundir import EndRecord, HeadRecord, RunDir, RunRecord
+from slurmfork.spec import Spec
+
+log = logging.getLogger("slurmfork.head")
+
+JOIN_TIMEOUT = 600.0  # nodes of cloud clusters boot for minutes
+KILL_WAIT = 30.0  # Slurm's default; what follows SIGTERM must be over before
+LINGER = 10.0
+
+
+class Head:
+    """One run's head. ``run()`` returns the exit status of the batch step."""
+
+    def __init__(self, rundir: RunDir, launcher: list[str]) -> None:
+        self._rundir = rundir
+        self._argv = launcher
+        self._signalled = asyncio.Event()
+        self._by_request = False
+        record = rundir.read_record(rundir.record, RunRecord)
+        spec = rundir.read_record(rundir.spec, Spec)
+        if record is None or spec is None:
+            raise RunDirError(f"{rundir.path} is not a run directory")
+        self._record, self._spec = record, spec
+        self._main = next((name for name, role in spec.roles.items() if role.main), None)
+        self._planned: list[str] = []
+
+    async def run(self) -> int:
+        """The whole life of the run."""
+        environment = dict(os.environ)
+        known = await addresses.node_addresses(environment)
+        self._addresses, (api_socket, link_socket) = addresses.bind(known, environment)
+        credentials.make(self._rundir.credentials, self._rundir.run_id)
+        self._assemble(addresses.expected_nodes(environment, request(self._spec).nodes), known)
+        self._handle_signals()
+        context = credentials.server_context(self._rundir.credentials)
+        link_server = await listen(self._members, link_socket, context)
+        self._launch(environment, link_socket)
+        watch = [
+            asyncio.ensure_future(self._bring_up()),
+            asyncio.ensure_future(self._watch_launcher()),
+            asyncio.ensure_future(self._open_api(api_socket)),
+        ]
+        record = await self._ending.carry_out()
+        for task in watch:
+            task.cancel()
+        await self._linger()
+        link_server.close()
+        return _exit_status(record)
+
+    def _assemble(self, expected: int, known: dict[str, str]) -> None:
+        self._table = Table(self._rundir.run_id, self._rundir)
+        self._members = Members(
+            self._rundir.run_id,
+            expected,
+            known,
+            on_join=self._joined,
+            on_lost=self._lost,
+            on_notice=self._noticed,
+            on_api=self._worker_api,
+        )
+        self._workers = Workers(
+            self._spec,
+            self._table,
+            self._members,
+            self._rundir,
+            cwd=self._record.cwd,
+            secrets=_secrets(self._rundir),
+        )
+        self._launcher = Launcher(self._argv)
+        self._ending = Ending(
+            self._table, self._members, self._workers, self._launcher, self._rundir, main=self._main
+        )
+        self._api = Api(self._table, self._workers, self._cancel)
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        loop.add_signal_handler(signal.SIGINT, self._terminated)
+        loop.add_signal_handler(signal.SIGUSR1, self._warned)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+
+    def _terminated(self) -> None:
+        self._signalled.set()
+        self._ending.told("cancelled from outside (scancel, or a signal to the batch script)", _kill_wait())
+
+    def _warned(self) -> None:
+        self._ending.warned = True
+        self._table.event("run", state=str(self._table.state), message="the time limit is near")
+
+    def _launch(self, environment: dict[str, str], link_socket: socket.socket) -> None:
+        environment[names.HEAD] = addresses.head_variable(self._addresses, link_socket)
+        environment[names.RUN_ID] = self._rundir.run_id
+        environment[names.RUN_DIR] = str(self._rundir.path)
+        try:
+            self._launcher.start(environment)
+        except OSError as error:
+            self._ending.decide(Verdict(RunState.FAILED, f"cannot start {self._argv[0]}: {error}", 1))
+
+    async def _open_api(self, sock: socket.socket) -> None:
+        """The HTTP server is slow to import: that is done while the agents are on their way."""
+        await asyncio.get_running_loop().run_in_executor(None, __import__, "aiohttp.web")
+        context = credentials.server_context(self._rundir.credentials)
+        await self._api.serve(sock, context)
+        own = identify(os.getpid())
+        record = HeadRecord(
+            addresses=self._addresses,
+            port=sock.getsockname()[1],
+            node=addresses.node_name(os.environ),
+            pid=os.getpid(),
+            boot_id=boot_id(),
+            start_time=own.start_time if own else 0,
+            started=time.time(),
+            attempt=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            job_id=os.environ.get("SLURM_JOB_ID"),
+        )
+        self._rundir.write_record(self._rundir.head, record)
+
+    async def _bring_up(self) -> None:
+        """Agents, plan, workers: until all are up, or the run is decided to end."""
+        try:
+            await asyncio.wait_for(self._members.complete.wait(), JOIN_TIMEOUT)
+            nodes = [
+                Node(member.node, len(member.join.devices), member.join.cpus) for member in self._members.sorted()
+            ]
+            placements = plan(self._spec, self._nodes(nodes))
+            self._planned = [placement.worker for placement in placements]
+            await self._workers.start_all(placements)
+        except asyncio.TimeoutError:
+            missing = self._members.expected - len(self._table.nodes)
+            self._fail(f"{missing} of {self._members.expected} agents did not join within {JOIN_TIMEOUT:.0f} s")
+        except Refused as error:
+            self._fail(str(error), error)
+        except (PlanError, SlurmforkError) as error:
+            self._fail(str(error))
+        except Exception as error:
+            log.exception("the run could not be started")
+            self._fail(f"fault in the head: {type(error).__name__}: {error}")
+        else:
+            if not self._ending.decided.done():
+                self._table.set_state(RunState.READY)
+
+    def _nodes(self, nodes: list[Node]) -> list[Node]:
+        """On this machine CPUs are shared with everything else: they limit only where the spec says how many."""
+        if self._record.backend != "local":
+            return nodes
+        return [Node(node.name, node.gpus, self._spec.local.cpus_per_node) for node in nodes]
+
+    def _fail(self, reason: str, error: Refused | None = None) -> None:
+        failed = [view for view in (error.detail if error and isinstance(error.detail, list) else [])]
+        status = next((view.exit_status for view in failed if view.exit_status), 1)
+        self._ending.decide(Verdict(RunState.FAILED, reason, status))
+
+    async def _watch_launcher(self) -> None:
+        await asyncio.shield(self._launcher.ended)
+        tail = _tail_of_agents(self._rundir) if not self._members.complete.is_set() else ""
+        self._ending.launcher_ended(tail)
+
+    # --- what agents and clients say
+
+    def _joined(self, view: NodeView) -> None:
+        self._table.nodes[view.node] = view
+        self._table.event("node", state="joined", node=view.node, message=view.address)
+
+    def _lost(self, node: str) -> None:
+        if not self._ending.decided.done():
+            self._ending.node_lost(node)
+
+    def _noticed(self, node: str, op: str, body: msgspec.Raw) -> None:
+        if op == "worker":
+            view = msgspec.json.decode(body, type=WorkerView)
+            if view.worker in self._table.workers:
+                self._table.update_worker(view)
+                self._ending.worker_changed(view, self._planned)
+        elif op == "going":
+            reason = msgspec.json.decode(body, type=Going).reason
+            self._ending.told(f"node {node}: {reason}", _kill_wait())
+        else:
+            raise Refused(f"unknown notice {op!r}", "unknown")
+
+    async def _worker_api(self, node: str, body: msgspec.Raw) -> ApiAnswer:
+        call = msgspec.json.decode(body, type=ApiCall)
+        caller = f"{call.worker or 'a process'} on {node}"
+        status, answer = await self._api.answer(call.method, call.path, call.body.encode(), caller)
+        return ApiAnswer(status=status, body=answer.decode())
+
+    async def _cancel(self, asked: CancelRequest) -> CancelReply:
+        self._by_request = True
+        reason = "cancelled" + (f": {asked.reason}" if asked.reason else "")
+        self._ending.decide(Verdict(RunState.CANCELLED, reason, None))
+        record = await asyncio.shield(self._ending.done)
+        return CancelReply(state=record.state, survivors=record.survivors, unverified=record.unverified)
+
+    async def _linger(self) -> None:
+        """Let replies and event streams out; after a cancel leave it to scancel to end the job, as its state tells."""
+        await asyncio.sleep(0.1)
+        if not self._by_request or "SLURM_JOB_ID" not in os.environ or self._signalled.is_set():
+            return
+        try:
+            await asyncio.wait_for(self._signalled.wait(), LINGER)
+        except asyncio.TimeoutError:
+            await self._scancel()
+
+    async def _scancel(self) -> None:
+        try:
+            process = await asyncio.create_subprocess_exec("scancel", os.environ["SLURM_JOB_ID"])
+            await asyncio.wait_for(process.wait(), 60)
+            await asyncio.wait_for(self._signalled.wait(), LINGER)
+        except (OSError, asyncio.TimeoutError) as error:
+            log.warning("scancel: %s", error)
+
+
+def _kill_wait() -> float:
+    """Seconds between Slurm's SIGTERM and its SIGKILL, less a margin."""
+    return max(2.0, float(os.environ.get("SLURMFORK_KILL_WAIT") or KILL_WAIT) - 2.0)
+
+
+def _secrets(rundir: RunDir) -> dict[str, str]:
+    try:
+        data = json.loads(rundir.secrets.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunDirError(f"cannot read {rundir.secrets}: {error}") from None
+    return {str(name): str(value) for name, value in data.items()}
+
+
+def _tail_of_agents(rundir: RunDir) -> str:
+    """The last line that any agent wrote, for a start that failed before an agent could speak."""
+    for path in sorted(rundir.agents.glob("*.log")):
+        lines = path.read_text(errors="replace").strip().splitlines()
+        if lines:
+            return f"{path.name}: {lines[-1][:500]}"
+    return ""
+
+
+def _exit_status(record: EndRecord) -> int:
+    if record.state is RunState.COMPLETED:
+        return 0
+    return record.exit_status or 1
+
+
+def main(arguments: list[str]) -> int:
+    """``--run-dir DIR -- LAUNCHER...``; the exit status of the run."""
+    if len(arguments) < 4 or arguments[0] != "--run-dir" or arguments[2] != "--":
+        print("usage: head --run-dir DIR -- LAUNCHER [ARGUMENT...]", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    rundir = RunDir(Path(arguments[1]))
+
+    async def run() -> int:
+        return await Head(rundir, arguments[3:]).run()
+
+    try:
+        return asyncio.run(run())
+    except SlurmforkError as error:
+        print(f"slurmfork head: {error}", file=sys.stderr)
+        return error.exit_code
+
+

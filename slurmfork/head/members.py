@@ -1,0 +1,215 @@
+"""The members: the agents that joined, their links, and asking several of them at once.
+
+Nodes listen on no port: each agent connects to the head's link port with its certificate and stays. A link that
+is lost may come back within the lease; after that the node counts as lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import ssl
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+
+from slurmfork import credentials
+from slurmfork.errors import Refused, SlurmforkError, Unreachable
+from slurmfork.link import MAX_FRAME, Link
+from slurmfork.messages import Join, NodeView, ReserveOrder, Welcome
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+HEARTBEAT = 10.0
+LEASE = 5.0
+SPARE_PORTS = 4
+
+
+@dataclass
+class Member:
+    """One node's agent. ``ports`` are reserved there for the rendezvous of roles."""
+
+    join: Join
+    link: Link
+    address: str
+    ports: list[int] = field(default_factory=list)
+
+    @property
+    def node(self) -> str:
+        return self.join.node
+
+
+class Members:
+    """Accepts agents on the link port and keeps their links.
+
+    ``on_join``, ``on_lost`` hear of nodes (a lost one after its lease); ``on_notice(node, op, body)`` of what
+    agents tell; ``on_api(node, body)`` serves a worker's API call.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        expected: int,
+        addresses: dict[str, str],
+        *,
+        on_join: Callable[[NodeView], None],
+        on_lost: Callable[[str], None],
+        on_notice: Callable[[str, str, msgspec.Raw], None],
+        on_api: Callable[[str, msgspec.Raw], Awaitable[Any]],
+    ) -> None:
+        self.expected = expected
+        self.complete = asyncio.Event()
+        self._run_id = run_id
+        self._addresses = addresses
+        self._members: dict[str, Member] = {}
+        self._on_join, self._on_lost, self._on_notice, self._on_api = on_join, on_lost, on_notice, on_api
+
+    def __iter__(self) -> Iterable[Member]:
+        return iter(self.sorted())
+
+    def sorted(self) -> list[Member]:
+        """Members in the order of their nodes' names, numbers counted as numbers."""
+        return sorted(self._members.values(), key=lambda member: _natural(member.node))
+
+    def get(self, node: str) -> Member:
+        """The member of a node; raises Unreachable if none ever joined."""
+        if node not in self._members:
+            raise Unreachable(f"no agent on node {node}")
+        return self._members[node]
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection on the link port, to its end."""
+        who = credentials.holder(writer.get_extra_info("ssl_object"))
+        if who != credentials.AGENT:
+            log.warning("link refused: the peer's certificate is of %r, not of an agent", who)
+            writer.close()
+            return
+        door = _Door(self, reader, writer)
+        await door.link.run()
+        if door.node is not None:
+            await self._left(door.node, door.link)
+
+    def joined(self, join: Join, link: Link) -> Welcome:
+        """Take an agent in (again, after a lost link); raises Refused for a stranger or a second one."""
+        known = self._members.get(join.node)
+        if known is not None and not known.link.closed and known.join.agent_pid != join.agent_pid:
+            raise Refused(f"node {join.node} has an agent already", "conflict")
+        if known is None and len(self._members) >= self.expected:
+            raise Refused(f"all {self.expected} nodes have joined already", "conflict")
+        address = self._addresses.get(join.node) or join.address
+        ports = known.ports if known else []
+        self._members[join.node] = Member(join, link, address, ports)
+        self._on_join(_node_view(join, address))
+        return Welcome(run_id=self._run_id, heartbeat=HEARTBEAT, lease=LEASE, address=address)
+
+    async def settled(self, node: str) -> None:
+        """After a join: put rendezvous ports aside, and see whether all are here."""
+        member = self.get(node)
+        if not member.ports:
+            order = ReserveOrder(owner="head", count=SPARE_PORTS)
+            member.ports = await member.link.ask("reserve", order, list[int], timeout=30)
+        if len(self._members) >= self.expected and all(member.ports for member in self._members.values()):
+            self.complete.set()
+
+    async def _left(self, node: str, link: Link) -> None:
+        await asyncio.sleep(LEASE)
+        if self._members[node].link is link:
+            self._on_lost(node)
+
+    async def take_port(self, node: str) -> int:
+        """A port on ``node`` for a role's rendezvous; give it back with ``return_port``."""
+        member = self.get(node)
+        if not member.ports:
+            order = ReserveOrder(owner="head", count=SPARE_PORTS)
+            member.ports += await member.link.ask("reserve", order, list[int], timeout=30)
+        return member.ports.pop(0)
+
+    def return_port(self, node: str, port: int) -> None:
+        """Put a rendezvous port back; the longest unused is taken next."""
+        self.get(node).ports.append(port)
+
+    async def ask(self, node: str, op: str, body: Any, kind: type[T], timeout: float | None = None) -> T:
+        """Ask one agent; raises Refused, Unreachable (also when it does not answer in time)."""
+        try:
+            return await self.get(node).link.ask(op, body, kind, timeout)
+        except asyncio.TimeoutError:
+            raise Unreachable(f"the agent on node {node} did not answer within {timeout:.0f} s") from None
+
+    async def ask_each(
+        self, op: str, bodies: dict[str, Any], kind: type[T], timeout: float | None = None
+    ) -> dict[str, T | SlurmforkError]:
+        """Ask several agents at once; per node the answer, or the error in its place."""
+
+        async def one(node: str, body: Any) -> T | SlurmforkError:
+            try:
+                return await self.ask(node, op, body, kind, timeout)
+            except SlurmforkError as error:
+                return error
+
+        answers = await asyncio.gather(*(one(node, body) for node, body in bodies.items()))
+        return dict(zip(bodies, answers, strict=True))
+
+    async def notice(self, node: str, op: str, body: msgspec.Raw) -> Any:
+        """What an agent sends by itself."""
+        if op == "api":
+            return await self._on_api(node, body)
+        self._on_notice(node, op, body)
+        return None
+
+
+class _Door:
+    """A connection whose first word must be ``join``."""
+
+    def __init__(self, members: Members, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.node: str | None = None
+        self.link = Link(reader, writer, self._handle)
+        self._members = members
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def _handle(self, op: str, body: msgspec.Raw) -> Any:
+        if op == "join" and self.node is None:
+            join = msgspec.json.decode(body, type=Join)
+            welcome = self._members.joined(join, self.link)
+            self.node = join.node
+            task = asyncio.ensure_future(self._members.settled(join.node))
+            self._tasks.add(task)
+            task.add_done_callback(self._settled)
+            return welcome
+        if self.node is None:
+            raise Refused("join first", "conflict")
+        return await self._members.notice(self.node, op, body)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.warning("node %s: %s", self.node, error)
+
+
+def _node_view(join: Join, address: str) -> NodeView:
+    return NodeView(
+        node=join.node,
+        address=address,
+        joined=True,
+        guarantee=join.guarantee,
+        devices=list(join.devices),
+        cpus=join.cpus,
+        agent_pid=join.agent_pid,
+        guardian_pid=join.guardian_pid,
+        notes=join.notes,
+    )
+
+
+def _natural(text: str) -> list[tuple[int, int | str]]:
+    """Sort key: n2 before n10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text)]
+
+
+async def listen(members: Members, sock: Any, context: ssl.SSLContext) -> asyncio.Server:
+    """Begin to accept agents on a bound socket."""
+    return await asyncio.start_server(
+        members.connected, sock=sock, ssl=context, limit=MAX_FRAME, ssl_handshake_timeout=60, backlog=1024
+    )

@@ -1,0 +1,391 @@
+"""Runs: submitting a spec, and the handle on what was submitted. What the CLI and Python users hold.
+
+    run = slurmfork.submit("grpo.yaml")
+    run.wait("ready")
+    run.fork("eval", target="rollout")
+    run.cancel()
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from slurmfork import backends, rundir
+from slurmfork.backends.base import Backend, Job, JobReport
+from slurmfork.client import Client, new_request_id
+from slurmfork.errors import RunDirError, StillAlive, Unreachable, UsageError
+from slurmfork.messages import (
+    CancelReply,
+    CancelRequest,
+    Event,
+    ForkRequest,
+    SignalRequest,
+    StopReply,
+    StopRequest,
+    WorkerView,
+)
+from slurmfork.names import RunState
+from slurmfork.observe import Observation, RunStatus
+from slurmfork.rundir import EndRecord, RunDir, RunRecord
+from slurmfork.spec import Spec
+
+POLL = 0.05  # seconds between looks at a file that another node will write
+SCHEDULER_POLL = 2.0  # seconds between asking the backend, which asks Slurm still more seldom
+END_PATIENCE = 60.0
+
+
+def submit(
+    spec: Spec | str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    template: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Run:
+    """Submit a spec (or the path of one) and return the run, which is pending then.
+
+    ``overrides`` are ``key=value`` as with ``--set``; secrets are read from ``environment`` (default: this
+    process's). Raises SpecError, PlanError, RunDirError, BackendError; then nothing was submitted.
+    """
+    from slurmfork import plan, render
+
+    source = None if isinstance(spec, Spec) else Path(spec)
+    if not isinstance(spec, Spec):
+        from slurmfork.spec import reader
+
+        spec = reader.load(Path(spec), overrides=list(overrides), backend=backend)
+    elif overrides or backend:
+        raise UsageError("overrides and backend go with the path of a spec; change a Spec itself instead")
+    secrets = _secrets(spec, os.environ if environment is None else environment)
+    asked = plan.request(spec)
+    giver = backends.get(spec.backend)
+    directory = _new_rundir(Path(root).absolute() if root else rundir.default_root(), spec.name)
+    script = render.render(
+        spec,
+        run_id=directory.run_id,
+        run_dir=directory.path,
+        request=asked,
+        python=sys.executable,
+        package=Path(__file__).resolve().parent,
+        template=Path(template) if template else None,
+    )
+    record = RunRecord(
+        run_id=directory.run_id,
+        name=spec.name,
+        backend=spec.backend,
+        submitted=time.time(),
+        cwd=str(Path.cwd()),
+        user=getpass.getuser(),
+        nodes=asked.nodes,
+    )
+    _fill(directory, spec, script, record, secrets, source)
+    try:
+        job = giver.submit(directory, spec, asked)
+    except BaseException:
+        _remove(directory)
+        raise
+    record.job_id, record.cluster, record.submitted = job.job_id, job.cluster, job.submitted
+    directory.write_record(directory.record, record)
+    return Run(directory, record, notes=job.notes)
+
+
+def _new_rundir(root: Path, name: str) -> RunDir:
+    directory = RunDir(root / rundir.new_run_id(name))
+    directory.make()
+    return directory
+
+
+def _fill(
+    directory: RunDir, spec: Spec, script: str, record: RunRecord, secrets: dict[str, str], source: Path | None
+) -> None:
+    directory.write(directory.spec, spec.to_json())
+    directory.write(directory.script, script.encode(), executable=True)
+    if source is not None:
+        directory.write(directory.source, source.read_bytes())
+    if secrets:
+        directory.write(directory.secrets, msgspec.json.encode(secrets))
+    directory.write_record(directory.record, record)
+
+
+def _remove(directory: RunDir) -> None:
+    import shutil
+
+    shutil.rmtree(directory.path, ignore_errors=True)
+
+
+def _secrets(spec: Spec, environment: Mapping[str, str]) -> dict[str, str]:
+    missing = [name for name in spec.secrets if name not in environment]
+    if missing:
+        raise UsageError(f"secrets not set in the environment: {', '.join(missing)}; export them, then submit again")
+    return {name: environment[name] for name in spec.secrets}
+
+
+class Run:
+    """One run, wherever it is in its life. Cheap to make; every method looks afresh.
+
+    Methods raise RunDirError, Unreachable (the head does not answer), Refused (it says no).
+    """
+
+    def __init__(self, directory: RunDir, record: RunRecord, *, notes: Sequence[str] = ()) -> None:
+        self.rundir = directory
+        self.record = record
+        self.notes = list(notes)
+
+    def __repr__(self) -> str:
+        return f"Run({self.run_id!r})"
+
+    @classmethod
+    def load(cls, wanted: str, root: str | os.PathLike[str] | None = None) -> Run:
+        """The run that ``wanted`` names: a run id, a unique prefix, a job id or ``last``; raises RunNotFound."""
+        return cls._of(rundir.find(Path(root).absolute() if root else rundir.default_root(), wanted))
+
+    @classmethod
+    def all(cls, root: str | os.PathLike[str] | None = None) -> list[Run]:
+        """Every run under the root, oldest first."""
+        found = [cls._of(entry) for entry in rundir.run_dirs(Path(root).absolute() if root else rundir.default_root())]
+        return sorted(found, key=lambda run: run.record.submitted)
+
+    @classmethod
+    def _of(cls, directory: RunDir) -> Run:
+        record = directory.read_record(directory.record, RunRecord)
+        if record is None:
+            raise RunDirError(f"{directory.path} is not a run directory")
+        return cls(directory, record)
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+    @property
+    def job_id(self) -> str | None:
+        return self.record.job_id
+
+    @property
+    def backend(self) -> Backend:
+        return backends.get(self.record.backend)
+
+    @property
+    def job(self) -> Job | None:
+        """The scheduler's job of this run; None if it was never submitted."""
+        if self.record.job_id is None:
+            return None
+        return Job(job_id=self.record.job_id, cluster=self.record.cluster, submitted=self.record.submitted)
+
+    def spec(self) -> Spec:
+        """The resolved spec as it was submitted."""
+        found = self.rundir.read_record(self.rundir.spec, Spec)
+        if found is None:
+            raise RunDirError(f"{self.rundir.spec} is missing")
+        return found
+
+    # --- looking
+
+    def status(self) -> RunStatus:
+        """State, reason, nodes and counts of workers, with whose word it is and how old."""
+        return statuses([self])[0][0]
+
+    def workers(self, role: str | None = None) -> list[WorkerView]:
+        """Every worker that the run has or had, forked ones too, by role and index."""
+        views = statuses([self])[0][1]
+        return [view for view in views if role in (None, view.role)]
+
+    def events(self, since: int = 0, timeout: float | None = None) -> Iterator[Event]:
+        """What happens in the run, as it happens, until its head is gone."""
+        with self._head() as client:
+            yield from client.events(since, timeout)
+
+    def wait(self, for_: str = "done", timeout: float | None = None) -> RunStatus:
+        """Wait until the run is ``ready`` (or over), or ``done``; returns its status.
+
+        However long the queue takes. Raises TimeoutError after ``timeout`` seconds.
+        """
+        if for_ not in ("ready", "done"):
+            raise UsageError(f"wait for 'ready' or 'done', not for {for_!r}")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for status in self.progress(deadline):
+            if status.over or (for_ == "ready" and status.state is RunState.READY):
+                return status
+        raise TimeoutError(f"run {self.run_id} is not {for_} after {timeout:g} s")
+
+    def progress(self, deadline: float | None = None) -> Iterator[RunStatus]:
+        """The run's status whenever it changed (by events of the head) or may have (by the scheduler), to its end.
+
+        ``deadline`` is a time of time.monotonic(); after it the iteration stops.
+        """
+        while deadline is None or time.monotonic() < deadline:
+            status = self.status()
+            yield status
+            if status.over:
+                return
+            if status.source == "head":
+                yield from self._follow(deadline)
+                self._await_change(1.0, deadline)
+            else:
+                self._await_change(SCHEDULER_POLL, deadline)
+
+    def _follow(self, deadline: float | None) -> Iterator[RunStatus]:
+        patience = None if deadline is None else max(0.01, deadline - time.monotonic())
+        try:
+            with self._head() as client:
+                for event in client.events(since=client.status(workers=False).seq, timeout=patience):
+                    if event.kind in ("run", "worker", "node"):
+                        yield self.status()
+        except (TimeoutError, Unreachable):
+            return
+
+    def _await_change(self, patience: float, deadline: float | None) -> None:
+        """Wait until a head appears or the end is recorded; at most ``patience`` seconds."""
+        until = time.monotonic() + patience
+        had_head = self.rundir.head.exists()
+        while time.monotonic() < min(until, deadline or until):
+            if self.rundir.end.exists() or self.rundir.batch_status.exists() or self.rundir.head.exists() != had_head:
+                return
+            time.sleep(POLL)
+
+    # --- acting
+
+    def fork(
+        self,
+        role: str,
+        *,
+        target: str | None = None,
+        count: int = 1,
+        env: Mapping[str, str] | None = None,
+        command: Sequence[str] | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+    ) -> list[WorkerView]:
+        """Start children of ``role`` beside each worker of ``target``, all or none; returns them when they are up.
+
+        ``target`` (a role or role/index) and ``command`` default to the spec's. Raises Refused, whose ``detail``
+        lists the workers that failed, with exit status and the end of their logs.
+        """
+        request = ForkRequest(
+            role=role,
+            request_id=request_id or new_request_id(),
+            target=target,
+            count=count,
+            env=dict(env or {}),
+            command=list(command) if command else None,
+            timeout=timeout,
+        )
+        with self._head() as client:
+            return client.fork(_checked(request)).workers
+
+    def stop(self, target: str, *, grace: float | None = None) -> StopReply:
+        """Stop a role or one worker, with everything below it; returns when they are gone."""
+        request = StopRequest(target=target, grace=grace, request_id=new_request_id())
+        with self._head() as client:
+            return client.stop(_checked(request))
+
+    def signal(self, target: str, signal: str) -> list[str]:
+        """Send a signal (a name without SIG) to a role's workers or to one; returns their names."""
+        with self._head() as client:
+            return client.signal(_checked(SignalRequest(target=target, signal=signal.upper().removeprefix("SIG"))))
+
+    def cancel(self, reason: str = "") -> CancelReply:
+        """End the run, and verify: ``survivors`` counts what is left on the nodes that could be asked.
+
+        First the head is asked, which stops all workers with their own grace; then the scheduler's job is
+        cancelled. Cancelling a run that is over changes nothing.
+        """
+        end = self.rundir.read_record(self.rundir.end, EndRecord)
+        if end is not None:
+            return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
+        reply = self._ask_head_to_cancel(reason)
+        if self.job is not None:
+            self.backend.cancel(self.rundir, self.job)
+        if reply is None:
+            reply = self._verify_without_head(reason)
+        else:
+            self._await_file(self.rundir.batch_status, END_PATIENCE)
+        return reply
+
+    def _ask_head_to_cancel(self, reason: str) -> CancelReply | None:
+        try:
+            with self._head() as client:
+                return client.cancel(CancelRequest(reason=reason))
+        except (Unreachable, RunDirError):
+            return None
+
+    def _verify_without_head(self, reason: str) -> CancelReply:
+        """The job never ran, or its head is gone: wait for the job's end, then look at what can be looked at."""
+        deadline = time.monotonic() + END_PATIENCE
+        while time.monotonic() < deadline:
+            if end := self.rundir.read_record(self.rundir.end, EndRecord):
+                return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
+            if self.job is None or self.rundir.batch_status.exists() or self.backend.ended(self.rundir, self.job):
+                break
+            time.sleep(POLL)
+        else:
+            raise StillAlive(f"the job {self.job_id} of run {self.run_id} has not ended within {END_PATIENCE:.0f} s")
+        from slurmfork import aftermath
+
+        after = aftermath.sweep_run(self.rundir)
+        record = EndRecord(
+            state=RunState.CANCELLED,
+            reason="cancelled" + (f": {reason}" if reason else ""),
+            exit_status=None,
+            survivors=len(after.survivors),
+            unverified=after.unverified,
+            ended=time.time(),
+        )
+        self.rundir.write_record(self.rundir.end, record)  # no head is there that could
+        return CancelReply(
+            state=record.state,
+            survivors=record.survivors,
+            unverified=record.unverified,
+            details=after.survivors,
+        )
+
+    def _await_file(self, path: Path, patience: float) -> None:
+        until = time.monotonic() + patience
+        while not path.exists() and time.monotonic() < until:
+            time.sleep(POLL)
+
+    @contextmanager
+    def _head(self) -> Iterator[Client]:
+        """A client of the run's head; raises Unreachable, in words that fit the run's state."""
+        seen = Observation(self.rundir, self.record)
+        if seen.end is not None:
+            raise Unreachable(f"run {self.run_id} is over: {seen.end.state}, {seen.end.reason}")
+        client = seen.client()
+        if client is None:
+            raise Unreachable(f"run {self.run_id} has not started yet; `slurmfork wait {self.run_id} --for ready`")
+        with client:
+            yield client
+
+
+def statuses(runs: Sequence[Run]) -> list[tuple[RunStatus, list[WorkerView]]]:
+    """Status and workers of each run; the scheduler of each backend is asked once for all of them."""
+    seen = [Observation(run.rundir, run.record) for run in runs]
+    reports: dict[str, JobReport] = {}
+    for name in sorted({run.record.backend for run in runs}):
+        asked = [
+            (run.rundir, run.job)
+            for run, look in zip(runs, seen, strict=True)
+            if run.record.backend == name and run.job is not None and look.needs_scheduler()
+        ]
+        if asked:
+            reports.update(backends.get(name).report(asked))
+    return [look.look(reports.get(run.job_id or "")) for run, look in zip(runs, seen, strict=True)]
+
+
+def _checked(request: msgspec.Struct) -> msgspec.Struct:
+    """Check a request by the same rules as the head does; raises UsageError before anything is sent."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(request), type=type(request))
+    except msgspec.ValidationError as error:
+        raise UsageError(str(error)) from None
+
+
+__all__ = ["Run", "RunStatus", "statuses", "submit"]
