@@ -7,6 +7,7 @@ at from here: it is named, never counted as clean.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from slurmfork import journal, sweep
 from slurmfork.process import boot_id
@@ -33,7 +34,21 @@ def _elsewhere(rundir: RunDir) -> list[str]:
     here = boot_id()
     nodes = []
     for path in sorted(rundir.journals.glob("*.jsonl")):
-        open_ends = journal.unfinished(journal.read(path))
-        if any(record.boot_id != here for record in open_ends):
+        if any(boot != here for boot in _open_boots(path)):
             nodes.append(path.stem)
     return nodes
+
+
+def _open_boots(path: Path) -> set[str]:
+    """Boot ids (one a machine) of the processes in a journal that have no end."""
+    started: dict[str, str] = {}
+    try:
+        records = journal.read(path)
+    except OSError:
+        return set()
+    for record in records:
+        if isinstance(record, journal.Started):
+            started[record.start_id] = record.boot_id
+        elif isinstance(record, journal.Ended):
+            started.pop(record.start_id, None)
+    return set(started.values())

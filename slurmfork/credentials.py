@@ -111,14 +111,11 @@ def client_context(directory: Path) -> ssl.SSLContext:
     return _context(directory, CLIENT, server=False)
 
 
-def holder(tls: ssl.SSLObject | ssl.SSLSocket | None) -> str | None:
-    """Who the peer is by its certificate: ``agent``, ``client``, ``head``; None without one."""
-    certificate = tls.getpeercert() if tls else None
-    for part in (certificate or {}).get("subject", ()):
-        for key, value in part:  # type: ignore[misc]
-            if key == "commonName":
-                return str(value)
-    return None
+def holder(tls: Any) -> str | None:
+    """Who the peer of an SSL object is by its certificate: ``agent``, ``client``, ``head``; None without one."""
+    certificate: Any = tls.getpeercert() if tls else None
+    names = [value for part in (certificate or {}).get("subject", ()) for key, value in part if key == "commonName"]
+    return str(names[0]) if names else None
 
 
 def _context(directory: Path, who: str, *, server: bool) -> ssl.SSLContext:

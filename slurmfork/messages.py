@@ -240,6 +240,19 @@ class Join(Strict, kw_only=True):
     notes: list[str] = field(default_factory=list)
 
 
+class Welcome(Strict, kw_only=True):
+    """The head's answer to ``Join``. ``heartbeat``: seconds between two looks at the workers' trees.
+
+    ``lease``: seconds for which an agent that lost its link tries to get it back, before it stops everything.
+    ``address``: what the head knows of the node's own address (Slurm's NodeAddr), empty where it knows none.
+    """
+
+    run_id: str
+    heartbeat: float = 10.0
+    lease: float = 5.0
+    address: str = ""
+
+
 class StartOrder(Strict, kw_only=True):
     """Head to agent: start these workers, all or none; answered by a list of WorkerView once each has begun.
 

@@ -45,6 +45,7 @@ class RunStatus(msgspec.Struct, kw_only=True):
     scheduler: str = ""
     source: str = "submit"
     age: float = 0.0
+    seq: int = 0
     submitted: float = 0.0
     started: float | None = None
     ready: float | None = None
@@ -121,7 +122,7 @@ class Observation:
             return
         status.state, status.reason, status.exit_status = view.state, view.reason, view.exit_status
         status.nodes, status.workers = view.nodes, view.counts
-        status.started, status.ready = view.started, view.ready
+        status.started, status.ready, status.seq = view.started, view.ready, view.seq
         status.source, status.age = source, max(0.0, time.time() - view.updated)
 
     def _take_end(self, status: RunStatus, end: EndRecord, report: JobReport | None) -> None:

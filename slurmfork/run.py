@@ -13,8 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -37,9 +38,12 @@ from slurmfork.observe import Observation, RunStatus
 from slurmfork.rundir import EndRecord, RunDir, RunRecord
 from slurmfork.spec import Spec
 
+R = TypeVar("R", bound=msgspec.Struct)
+
 POLL = 0.05  # seconds between looks at a file that another node will write
 SCHEDULER_POLL = 2.0  # seconds between asking the backend, which asks Slurm still more seldom
 END_PATIENCE = 60.0
+HEAD_PATIENCE = 15.0  # seconds of silence after which a followed head is asked whether it lives
 
 
 def submit(
@@ -59,12 +63,7 @@ def submit(
     from slurmfork import plan, render
 
     source = None if isinstance(spec, Spec) else Path(spec)
-    if not isinstance(spec, Spec):
-        from slurmfork.spec import reader
-
-        spec = reader.load(Path(spec), overrides=list(overrides), backend=backend)
-    elif overrides or backend:
-        raise UsageError("overrides and backend go with the path of a spec; change a Spec itself instead")
+    spec = _read(spec, overrides, backend)
     secrets = _secrets(spec, os.environ if environment is None else environment)
     asked = plan.request(spec)
     giver = backends.get(spec.backend)
@@ -96,6 +95,16 @@ def submit(
     record.job_id, record.cluster, record.submitted = job.job_id, job.cluster, job.submitted
     directory.write_record(directory.record, record)
     return Run(directory, record, notes=job.notes)
+
+
+def _read(spec: Spec | str | os.PathLike[str], overrides: Sequence[str], backend: str | None) -> Spec:
+    if not isinstance(spec, Spec):
+        from slurmfork.spec import reader
+
+        return reader.load(Path(spec), overrides=list(overrides), backend=backend)
+    if overrides or backend:
+        raise UsageError("overrides and backend go with the path of a spec; change a Spec itself instead")
+    return spec
 
 
 def _new_rundir(root: Path, name: str) -> RunDir:
@@ -150,8 +159,11 @@ class Run:
 
     @classmethod
     def all(cls, root: str | os.PathLike[str] | None = None) -> list[Run]:
-        """Every run under the root, oldest first."""
-        found = [cls._of(entry) for entry in rundir.run_dirs(Path(root).absolute() if root else rundir.default_root())]
+        """Every run under the root, oldest first; but for those whose record is damaged."""
+        found = []
+        for entry in rundir.run_dirs(Path(root).absolute() if root else rundir.default_root()):
+            with suppress(RunDirError):
+                found.append(cls._of(entry))
         return sorted(found, key=lambda run: run.record.submitted)
 
     @classmethod
@@ -227,19 +239,23 @@ class Run:
             if status.over:
                 return
             if status.source == "head":
-                yield from self._follow(deadline)
+                yield from self._follow(status, deadline)
                 self._await_change(1.0, deadline)
             else:
                 self._await_change(SCHEDULER_POLL, deadline)
 
-    def _follow(self, deadline: float | None) -> Iterator[RunStatus]:
-        patience = None if deadline is None else max(0.01, deadline - time.monotonic())
+    def _follow(self, status: RunStatus, deadline: float | None) -> Iterator[RunStatus]:
+        """What the head says after ``status``; returns when it is silent, so that the scheduler is asked again."""
+        patience = HEAD_PATIENCE if deadline is None else min(HEAD_PATIENCE, max(0.01, deadline - time.monotonic()))
         try:
             with self._head() as client:
-                for event in client.events(since=client.status(workers=False).seq, timeout=patience):
-                    if event.kind in ("run", "worker", "node"):
-                        yield self.status()
-        except (TimeoutError, Unreachable):
+                for event in client.events(since=status.seq, timeout=patience):
+                    if deadline is not None and time.monotonic() >= deadline:
+                        return
+                    if event.seq > status.seq and event.kind in ("run", "worker", "node"):
+                        status = self.status()  # it may hold many events that are still to come
+                        yield status
+        except (TimeoutError, Unreachable, RunDirError):
             return
 
     def _await_change(self, patience: float, deadline: float | None) -> None:
@@ -366,9 +382,9 @@ class Run:
 
 
 def statuses(runs: Sequence[Run]) -> list[tuple[RunStatus, list[WorkerView]]]:
-    """Status and workers of each run; the scheduler of each backend is asked once for all of them."""
+    """Status and workers of each run; each scheduler is asked once for all of its runs, all heads at once."""
     seen = [Observation(run.rundir, run.record) for run in runs]
-    reports: dict[str, JobReport] = {}
+    reports: dict[tuple[str, str], JobReport] = {}
     for name in sorted({run.record.backend for run in runs}):
         asked = [
             (run.rundir, run.job)
@@ -376,11 +392,17 @@ def statuses(runs: Sequence[Run]) -> list[tuple[RunStatus, list[WorkerView]]]:
             if run.record.backend == name and run.job is not None and look.needs_scheduler()
         ]
         if asked:
-            reports.update(backends.get(name).report(asked))
-    return [look.look(reports.get(run.job_id or "")) for run, look in zip(runs, seen, strict=True)]
+            reports.update({(name, job): report for job, report in backends.get(name).report(asked).items()})
+    words = [reports.get((run.record.backend, run.job_id or "")) for run in runs]
+    if len(runs) < 2:
+        return [look.look(word) for look, word in zip(seen, words, strict=True)]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(len(runs), 16)) as pool:  # one dead node must not hold up the others' word
+        return list(pool.map(Observation.look, seen, words))
 
 
-def _checked(request: msgspec.Struct) -> msgspec.Struct:
+def _checked(request: R) -> R:
     """Check a request by the same rules as the head does; raises UsageError before anything is sent."""
     try:
         return msgspec.json.decode(msgspec.json.encode(request), type=type(request))

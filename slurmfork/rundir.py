@@ -7,6 +7,7 @@ the umask.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -254,9 +255,9 @@ def find(root: Path, wanted: str) -> RunDir:
     runs = {rundir.run_id: rundir for rundir in run_dirs(root)}
     if not runs:
         raise RunNotFound(f"there is no run under {root} (--root and SLURMFORK_ROOT choose another place)")
-    records = {run_id: rundir.read_record(rundir.record, RunRecord) for run_id, rundir in runs.items()}
-    by_age = sorted((r for r in records.values() if r is not None), key=lambda record: record.submitted)
-    if wanted == "last":
+    records = [record for rundir in runs.values() if (record := _readable(rundir)) is not None]
+    by_age = sorted(records, key=lambda record: record.submitted)
+    if wanted == "last" and by_age:
         return runs[by_age[-1].run_id]
     by_job = [record.run_id for record in by_age if record.job_id == wanted]
     if by_job:  # job ids are reused after a reset of Slurm: the latest is meant
@@ -268,3 +269,10 @@ def find(root: Path, wanted: str) -> RunDir:
         shown = ", ".join(matches[:5]) + (" ..." if len(matches) > 5 else "")
         raise RunNotFound(f"{wanted!r} could be any of {len(matches)} runs: {shown}")
     raise RunNotFound(f"no run {wanted!r} under {root}; `slurmfork status` lists the runs that there are")
+
+
+def _readable(rundir: RunDir) -> RunRecord | None:
+    """The record of a run; None where it is damaged, which must not hide the other runs."""
+    with contextlib.suppress(RunDirError):
+        return rundir.read_record(rundir.record, RunRecord)
+    return None

@@ -43,7 +43,7 @@ async def node_addresses(environment: Mapping[str, str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in output.decode(errors="replace").splitlines():
         fields = dict(_FIELD.findall(line))
-        if (name := fields.get("NodeName")) and (address := _resolve(fields.get("NodeAddr", name))):
+        if (name := fields.get("NodeName")) and (address := _resolve(fields.get("NodeAddr") or name)):
             found[name] = address
     return found
 

@@ -20,7 +20,7 @@ class Section(Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=Tr
     """Base of all sections: unknown keys are errors, instances never change."""
 
 
-class Ready(Section, kw_only=True):
+class Ready(Section, kw_only=True, frozen=True):
     """When a worker counts as ready. Exactly one of ``notify``, ``http``, ``tcp``."""
 
     # The worker says READY=1 on $NOTIFY_SOCKET (systemd's protocol).
@@ -33,7 +33,7 @@ class Ready(Section, kw_only=True):
     timeout: Annotated[float, Meta(gt=0, le=31_536_000)] = 120.0
 
 
-class Restart(Section, kw_only=True):
+class Restart(Section, kw_only=True, frozen=True):
     """What happens when a worker ends by itself."""
 
     # never; on-failure: when its exit status is not 0; always.
@@ -44,7 +44,7 @@ class Restart(Section, kw_only=True):
     backoff: Seconds = 1.0
 
 
-class Stop(Section, kw_only=True):
+class Stop(Section, kw_only=True, frozen=True):
     """How a worker is asked to end, before SIGKILL to its whole tree."""
 
     # TERM, INT, USR1 ...: a signal's name without SIG.
@@ -53,7 +53,7 @@ class Stop(Section, kw_only=True):
     grace: Seconds = 10.0
 
 
-class Strategy(Section, kw_only=True):
+class Strategy(Section, kw_only=True, frozen=True):
     """Where a role's workers go."""
 
     # separation: devices of their own; colocation: on the devices of the target's workers.
@@ -64,7 +64,7 @@ class Strategy(Section, kw_only=True):
     fork: bool = True
 
 
-class Role(Section, kw_only=True):
+class Role(Section, kw_only=True, frozen=True):
     """A named group of identical workers."""
 
     # A list of arguments, or one string for the shell. {port}, {ports}, {index}, {rank}, {role}, {worker},
@@ -101,14 +101,14 @@ class Role(Section, kw_only=True):
         return self.strategy.type == "colocation"
 
 
-class Local(Section, kw_only=True, rename="kebab"):
+class Local(Section, kw_only=True, frozen=True, rename="kebab"):
     """What each node of the local backend offers. Left out: what this machine has."""
 
     gpus_per_node: Count | None = None
     cpus_per_node: Positive | None = None
 
 
-class Spec(Section, kw_only=True):
+class Spec(Section, kw_only=True, frozen=True):
     """A whole spec file."""
 
     # Letters, digits, - and _; 40 at most. Begins the run id.

@@ -1,0 +1,330 @@
+"""The agent: joins the head, does what it is told, and sees to it that nothing is left when it goes.
+
+``main`` is called by the guardian, in the process that it forked. Everything happens in one thread's event loop;
+only the journal's disk and slow imports have threads of their own, and none of those starts a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from slurmfork import credentials, prctl
+from slurmfork.agent import node as nodes
+from slurmfork.agent.environment import inherited
+from slurmfork.agent.ledger import Ledger
+from slurmfork.agent.node import Node
+from slurmfork.agent.ports import Ports
+from slurmfork.agent.scratch import Scratch, remove
+from slurmfork.agent.server import Server
+from slurmfork.agent.supervisor import Supervisor
+from slurmfork.agent.tree import Trees
+from slurmfork.agent.uplink import Uplink
+from slurmfork.agent.worker import Site
+from slurmfork.errors import Refused, SlurmforkError
+from slurmfork.messages import (
+    ApiAnswer,
+    ApiCall,
+    EndOrder,
+    EndReport,
+    Going,
+    Join,
+    ReserveOrder,
+    SignalOrder,
+    StartOrder,
+    StopOrder,
+    Welcome,
+)
+from slurmfork.process import boot_id
+from slurmfork.version import __version__
+
+log = logging.getLogger("slurmfork.agent")
+
+FIRST_JOIN_S = 60.0
+HEADS_TURN_S = 0.5  # the head, told of a signal, sends the end to all nodes: that is worth a moment
+KILL_MARGIN_S = 1.0
+LEAST_BUDGET_S = 2.0
+FILES = 65_536
+
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Agent:
+    """One node's agent. ``run()`` returns its exit status when the node's work is over."""
+
+    def __init__(self, node: Node, guardian_pid: int) -> None:
+        self._node = node
+        self._guardian_pid = guardian_pid
+        self._loop = asyncio.get_running_loop()
+        self._scratch = Scratch(node.run_id, node.name)
+        self._site = Site(
+            node=node,
+            base=inherited(node.environment),
+            trees=Trees(node.run_id, self._loop.time),
+            ledger=Ledger(node.rundir.journal(node.name)),
+            ports=Ports(self._scratch.ports),
+            scratch=self._scratch,
+            tell=lambda view: self._uplink.tell("worker", view),
+            reap=lambda: self._supervisor.reap(),
+        )
+        self._supervisor = Supervisor(self._site)
+        self._uplink = Uplink(
+            node.heads,
+            credentials.agent_context(node.rundir.credentials),
+            credentials.server_name(node.run_id),
+            join=self._join,
+            handler=self._serve,
+        )
+        self._server = Server(
+            self._scratch.socket,
+            ask=self._ask_head,
+            worker_of=self._site.trees.owner_of,
+            health=self._health,
+        )
+        self._ops: dict[str, Callable[[msgspec.Raw], Awaitable[Any]]] = {
+            "start": lambda body: self._supervisor.start(_read(body, StartOrder)),
+            "stop": lambda body: self._supervisor.stop(_read(body, StopOrder)),
+            "end": lambda body: self._end_by_order(_read(body, EndOrder)),
+            "signal": lambda body: _now(self._supervisor.signal(_read(body, SignalOrder))),
+            "reserve": lambda body: _now(self._supervisor.reserve(_read(body, ReserveOrder))),
+            "views": lambda body: _now(self._supervisor.views()),
+        }
+        self._over: asyncio.Future[int] = self._loop.create_future()
+        self._told_at: float | None = None
+        self._ordered = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> int:
+        """From the first word with the head to the last."""
+        self._listen_to_signals()
+        self._watch_guardian()
+        self._server.open()
+        self._begin(self._stay_joined())
+        status = await self._over
+        await self._leave()
+        return status
+
+    def _begin(self, work: Awaitable[None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except SlurmforkError as error:
+                log.error("%s", error)
+                await self._end_alone(1)
+            except Exception:
+                log.exception("fault in the agent: stopping everything")
+                await self._end_alone(1)
+
+        task = asyncio.ensure_future(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _leave(self) -> None:
+        await self._server.close()
+        await self._uplink.close(2.0)
+        await self._site.ledger.close(2.0)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._loop.run_in_executor(None, remove, self._scratch.path), 5.0)
+
+    # --- the head
+
+    async def _stay_joined(self) -> None:
+        welcome = self._welcomed(await self._uplink.connect(FIRST_JOIN_S))
+        self._heartbeat(welcome.heartbeat)
+        while not self._over.done():
+            await self._uplink.lost()
+            if self._over.done() or self._supervisor.over:
+                return
+            log.warning("the head is lost: trying for %g s to find it again", welcome.lease)
+            welcome = self._welcomed(await self._uplink.connect(welcome.lease))
+
+    def _welcomed(self, welcome: Welcome) -> Welcome:
+        if welcome.run_id != self._node.run_id:
+            raise Refused(
+                f"the head is of run {welcome.run_id}, this agent of {self._node.run_id}", "conflict"
+            )
+        self._site.address = welcome.address if _is_local(welcome.address) else self._site.address
+        for view in self._supervisor.views():
+            self._uplink.tell("worker", view)
+        return welcome
+
+    def _join(self, address: str) -> Join:
+        self._site.address = self._site.address or address
+        return Join(
+            node=self._node.name,
+            hostname=socket.gethostname(),
+            address=address,
+            devices=list(self._node.devices),
+            cpus=self._node.cpus,
+            agent_pid=os.getpid(),
+            guardian_pid=self._guardian_pid,
+            boot_id=boot_id(),
+            guarantee=self._node.guarantee,
+            version=__version__,
+            notes=list(self._node.notes),
+        )
+
+    async def _serve(self, op: str, body: msgspec.Raw) -> Any:
+        if op not in self._ops:
+            raise Refused(f"this agent does not know {op!r}", "unknown")
+        return await self._ops[op](body)
+
+    async def _ask_head(self, call: ApiCall) -> ApiAnswer:
+        return await self._uplink.ask("api", call, ApiAnswer)
+
+    def _health(self) -> dict[str, Any]:
+        return {
+            "ok": True,
+            "run_id": self._node.run_id,
+            "node": self._node.name,
+            "head": self._uplink.up,
+            "workers": len(self._supervisor.views()),
+            "time": time.time(),
+        }
+
+    def _heartbeat(self, interval: float) -> None:
+        """Look at the trees now and then; each look is planned after the last, so that none pile up."""
+        try:
+            self._supervisor.heartbeat()
+        except Exception:
+            log.exception("the workers' trees could not be looked at")
+        self._loop.call_later(interval, self._heartbeat, interval)
+
+    # --- the end
+
+    def _listen_to_signals(self) -> None:
+        self._loop.add_signal_handler(signal.SIGCHLD, self._supervisor.reap)
+        for number in ENDING_SIGNALS:
+            self._loop.add_signal_handler(number, self._signalled, number)
+        for number in PASSED_ON:
+            self._loop.add_signal_handler(number, self._supervisor.pass_on, number)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        self._told(f"{number.name} (scancel, a time limit, or somebody's kill)", 128 + number)
+
+    def _watch_guardian(self) -> None:
+        """Its death is ours to notice: nobody else would clean up after us then."""
+
+        def gone() -> None:
+            self._loop.remove_reader(descriptor)
+            os.close(descriptor)
+            self._told("the guardian of this node was killed", 1)
+
+        try:
+            descriptor = os.pidfd_open(self._guardian_pid)
+        except ProcessLookupError:
+            self._told("the guardian of this node was killed", 1)
+            return
+        except (OSError, AttributeError):  # a kernel before 5.3
+            prctl.signal_at_parents_death(signal.SIGTERM)
+            return
+        self._loop.add_reader(descriptor, gone)
+        if os.getppid() != self._guardian_pid:
+            gone()
+
+    def _told(self, reason: str, status: int) -> None:
+        """Told to end, not by the head. A second time means no more than the first."""
+        if self._told_at is not None:
+            log.info("told again: %s", reason)
+            return
+        log.warning("told to end: %s", reason)
+        self._told_at = self._loop.time()
+        self._supervisor.freeze()
+        self._uplink.tell("going", Going(reason=reason))
+        self._begin(self._await_order(status))
+
+    async def _await_order(self, status: int) -> None:
+        if self._uplink.up:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ordered.wait(), HEADS_TURN_S)
+        if not self._ordered.is_set():
+            await self._end_alone(status)
+
+    def _budget(self) -> float | None:
+        """Seconds that are left of what Slurm gives us; None while nobody told us to end."""
+        if self._told_at is None:
+            return None
+        whole = max(LEAST_BUDGET_S, self._node.kill_wait - KILL_MARGIN_S)
+        return max(0.0, self._told_at + whole - self._loop.time())
+
+    async def _end_by_order(self, order: EndOrder) -> EndReport:
+        log.info("the head orders the end%s", "" if order.budget is None else f", within {order.budget:g} s")
+        self._ordered.set()
+        limits = [limit for limit in (order.budget, self._budget()) if limit is not None]
+        report = await self._supervisor.end(min(limits, default=None))
+        self._finish(1 if report.survivors else 0)  # the answer is sent before anybody else's turn comes
+        return report
+
+    async def _end_alone(self, status: int) -> None:
+        """End the node's work without an order: within the budget that a signal would have given."""
+        self._told_at = self._told_at or self._loop.time()
+        await self._supervisor.end(self._budget())
+        self._finish(status)
+
+    def _finish(self, status: int) -> None:
+        if not self._over.done():
+            self._over.set_result(status)
+
+
+def _read(body: msgspec.Raw, kind: type[Any]) -> Any:
+    return msgspec.json.decode(body, type=kind)
+
+
+async def _now(value: Any) -> Any:
+    return value
+
+
+def _is_local(address: str) -> bool:
+    """Whether an address is one of this machine's own."""
+    if not address:
+        return False
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _raise_file_limit() -> None:
+    """Login nodes hand their low limits down; a node full of workers needs more descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def main(guardian_pid: int) -> int:
+    """Be the agent; returns the exit status. Whatever happens it returns, or dies: the guardian does the rest."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    loop = asyncio.new_event_loop()
+    try:
+        prctl.become_subreaper()
+        _raise_file_limit()
+        node = nodes.here(os.environ)
+        log.info("agent of node %s, run %s, pid %d", node.name, node.run_id, os.getpid())
+        return loop.run_until_complete(_run(node, guardian_pid))
+    except (SlurmforkError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    finally:
+        loop.close()
+
+
+async def _run(node: Node, guardian_pid: int) -> int:
+    return await Agent(node, guardian_pid).run()

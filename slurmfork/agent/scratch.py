@@ -1,0 +1,103 @@
+"""The node-local directory of an agent: sockets, and a scratch directory per worker. Removed at the end.
+
+Under /tmp, where anybody may have put anything before: only real directories of this user, closed to others, are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from slurmfork.errors import RunDirError
+
+_LONGEST_BASE = 48  # with what programs add below TMPDIR, a Unix socket's path stays within its 107 bytes
+_LONGEST_NAME = 24
+
+
+def user_directory() -> Path:
+    """What all agents of this user on this host share."""
+    return Path(f"/tmp/slurmfork-{os.geteuid()}")
+
+
+def node_directory(run_id: str, node: str) -> Path:
+    """Where the agent of this node keeps its sockets; a hash stands in for names that would be too long."""
+    plain = user_directory() / f"{run_id}-{node}"
+    if len(os.fsencode(plain)) <= _LONGEST_BASE:
+        return plain
+    return user_directory() / f"h-{_hash(f'{run_id}/{node}')}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def private_directory(path: Path) -> Path:
+    """Make a directory 0700, or take one that is already so; raises RunDirError for anything else of that name."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    facts = path.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+        raise RunDirError(f"{path} is not a directory of this user: remove it, or ask who made it to")
+    if stat.S_IMODE(facts.st_mode) & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+class Scratch:
+    """The directories of one agent. Raises RunDirError where they cannot be made."""
+
+    def __init__(self, run_id: str, node: str) -> None:
+        self._removed = 0
+        try:
+            private_directory(user_directory())
+            self.ports = private_directory(user_directory() / "ports")
+            self.path = private_directory(node_directory(run_id, node))
+            self._workers = private_directory(self.path / "t")
+            self._notify = private_directory(self.path / "n")
+        except OSError as error:
+            raise RunDirError(f"cannot make {error.filename}: {error.strerror}") from None
+
+    @property
+    def socket(self) -> Path:
+        """The agent's own socket."""
+        return self.path / "agent.sock"
+
+    def worker(self, name: str) -> Path:
+        """The scratch directory of a worker, made if need be."""
+        return private_directory(self._workers / _short(name))
+
+    def notify(self, name: str) -> Path:
+        """Where a worker's notify socket goes."""
+        return self._notify / _short(name)
+
+    def set_aside(self, name: str) -> Path | None:
+        """Free a worker's name at once; returns what it left, to be removed in a thread. None: it left nothing."""
+        here = self._workers / _short(name)
+        try:
+            here.rmdir()
+        except FileNotFoundError:
+            return None
+        except OSError:
+            self._removed += 1
+            aside = self.path / f"removed-{self._removed}"
+            try:
+                here.rename(aside)
+            except OSError:
+                return None
+            return aside
+        return None
+
+
+def _short(name: str) -> str:
+    plain = name.replace("/", "-")
+    return plain if len(plain) <= _LONGEST_NAME else _hash(name)
+
+
+def remove(path: Path) -> None:
+    """Remove a directory with all that is in it; slow if it holds much."""
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,184 @@
+"""Stopping: a worker's process is asked to end, then what it left is, then all is killed that is still there.
+
+It does not know what a worker is: ``look`` says who is meant. Returns the moment that nobody is left, and never
+later than its bounds; what would not die is described.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from slurmfork.process import Identity, alive, describe, send
+
+KILL_BOUND_S = 5.0
+_ROUND_S = 0.05
+_POLL_S = 0.005
+
+
+@dataclass
+class Outcome:
+    """How it went. ``killed``: SIGKILL was needed; ``survivors`` describes who did not die even of that."""
+
+    killed: bool = False
+    survivors: list[str] = field(default_factory=list)
+
+
+class Watch:
+    """Tells when processes have ended, by a pidfd each in the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._open: dict[Identity, int] = {}
+        self._polling: asyncio.TimerHandle | None = None
+        self._moved = asyncio.Event()
+        self.last_end = self._loop.time()
+
+    def add(self, one: Identity) -> bool:
+        """Watch a process too; False if it has ended already."""
+        if one in self._open:
+            return True
+        try:
+            descriptor = os.pidfd_open(one.pid)
+        except ProcessLookupError:
+            return False
+        except (OSError, AttributeError):  # a kernel before 5.3, or no descriptor left
+            descriptor = -1
+        if not alive(one):
+            if descriptor >= 0:
+                os.close(descriptor)
+            return False
+        self._open[one] = descriptor
+        if descriptor >= 0:
+            self._loop.add_reader(descriptor, self._ended, one)
+        elif self._polling is None:
+            self._polling = self._loop.call_later(_POLL_S, self._poll)
+        return True
+
+    def _poll(self) -> None:
+        unpinned = [one for one, descriptor in self._open.items() if descriptor < 0]
+        for one in unpinned:
+            if not alive(one):
+                self._ended(one)
+        self._polling = self._loop.call_later(_POLL_S, self._poll) if unpinned else None
+
+    def _ended(self, one: Identity) -> None:
+        self._forget(one)
+        self.last_end = self._loop.time()
+        self._moved.set()
+
+    def _forget(self, one: Identity) -> None:
+        descriptor = self._open.pop(one)
+        if descriptor >= 0:
+            self._loop.remove_reader(descriptor)
+            os.close(descriptor)
+
+    def wake(self) -> None:
+        """Have whoever waits look at the clock again."""
+        self._moved.set()
+
+    async def quiet(self, deadline: Callable[[], float]) -> None:
+        """Wait until none of those watched is left, or until ``deadline()``, which may move while we wait."""
+        while self._open and (rest := deadline() - self._loop.time()) > 0:
+            self._moved.clear()
+            try:
+                await asyncio.wait_for(self._moved.wait(), rest)
+            except asyncio.TimeoutError:
+                return
+
+    def close(self) -> None:
+        """Watch nobody any more."""
+        for one in list(self._open):
+            self._forget(one)
+        if self._polling is not None:
+            self._polling.cancel()
+
+
+class Stopping:
+    """One stop. ``look(newer_than)`` lists who is left, by a look not older than that time of the event loop.
+
+    ``leader`` alone is asked first: what it started is its own to end, or to use for a last checkpoint. When it is
+    gone, the rest is asked; at the end of the grace all that is left is killed.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[float], Iterable[Identity]],
+        *,
+        leader: Identity | None,
+        signum: int,
+        grace: float,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._look_up = look
+        self._leader = leader
+        self._signum = signum
+        self._deadline = self._loop.time() + grace
+        self._bound = KILL_BOUND_S
+        self._asked: set[Identity] = set()
+        self._watch = Watch()
+
+    def hasten(self, grace: float, bound: float = KILL_BOUND_S) -> None:
+        """Leave it no more than ``grace`` seconds from now, and ``bound`` after SIGKILL."""
+        self._deadline = min(self._deadline, self._loop.time() + grace)
+        self._bound = min(self._bound, bound)
+        self._watch.wake()
+
+    async def run(self) -> Outcome:
+        """Stop them all."""
+        try:
+            if self._leader is not None and self._watch.add(self._leader):
+                self._ask(self._leader)
+                await self._watch.quiet(lambda: self._deadline)
+            left = self._left()
+            while left and self._loop.time() < self._deadline:
+                for one in left:
+                    self._ask(one)
+                await self._watch.quiet(lambda: self._deadline)
+                left = self._left()
+            return await self._kill(left) if left else Outcome()
+        finally:
+            self._watch.close()
+
+    def _left(self) -> list[Identity]:
+        """Who is left, by a look that is newer than the last exit; at the end of the grace, newer than that."""
+        past = self._loop.time() >= self._deadline
+        newer_than = max(self._watch.last_end, self._deadline) if past else self._watch.last_end
+        return self._look(newer_than)
+
+    def _look(self, newer_than: float) -> list[Identity]:
+        return [one for one in self._look_up(newer_than) if self._watch.add(one)]
+
+    def _ask(self, one: Identity) -> None:
+        if one not in self._asked:
+            self._asked.add(one)
+            send(one, self._signum)
+            send(one, signal.SIGCONT)  # who is stopped hears nothing else
+
+    async def _kill(self, left: list[Identity]) -> Outcome:
+        limit = self._loop.time() + self._bound
+        frozen = False
+        while left and self._loop.time() < limit:
+            if frozen:
+                left = self._freeze(left)
+            for one in left:
+                send(one, signal.SIGKILL)
+            end = min(limit, self._loop.time() + _ROUND_S)
+            await self._watch.quiet(lambda until=end: until)  # type: ignore[misc]
+            left = self._look(end if self._loop.time() >= end else self._watch.last_end)
+            frozen = True
+        return Outcome(killed=True, survivors=[describe(one) for one in left])
+
+    def _freeze(self, left: list[Identity]) -> list[Identity]:
+        """Who forks faster than it is killed is stopped first: what is stopped has no more children."""
+        seen: set[Identity] = set()
+        for _ in range(10):
+            new = [one for one in left if one not in seen and send(one, signal.SIGSTOP)]
+            if not new:
+                break
+            seen.update(new)
+            left = self._look(self._loop.time())
+        return list(seen | set(left))

@@ -1,0 +1,276 @@
+"""The supervisor: the table of one node's workers, and what the head orders of them. Starts are all or none.
+
+It hears of ends by SIGCHLD, remembers in the journal what lives below the workers, and ends the node's work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from slurmfork import journal, process
+from slurmfork.agent.spawn import StartFailed
+from slurmfork.agent.stopping import KILL_BOUND_S, Stopping
+from slurmfork.agent.worker import Site, Worker, signal_number
+from slurmfork.errors import Refused
+from slurmfork.messages import (
+    EndReport,
+    Order,
+    ReserveOrder,
+    SignalOrder,
+    StartOrder,
+    StopOrder,
+    StopResult,
+    WorkerView,
+)
+from slurmfork.names import WorkerState
+from slurmfork.process import Identity
+
+log = logging.getLogger(__name__)
+
+ANSWERS_KEPT = 1024
+ORPHANS_GRACE_S = 1.0
+END_MARGIN_S = 1.0
+
+
+class Supervisor:
+    """Starts, stops and knows the workers of a node."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._workers: dict[str, Worker] = {}
+        self._answers: dict[str, asyncio.Task[list[WorkerView]]] = {}
+        self._seen: dict[str, frozenset[Identity]] = {}
+        self._last_pid = b""
+        self._end: asyncio.Task[EndReport] | None = None
+        self._budget_ends = float("inf")
+        self._loop = asyncio.get_running_loop()
+
+    def views(self) -> list[WorkerView]:
+        """How every worker stands."""
+        return [worker.view for worker in self._workers.values()]
+
+    @property
+    def over(self) -> bool:
+        """Whether the node's work has been ended."""
+        return self._end is not None and self._end.done()
+
+    def freeze(self) -> None:
+        """The node is about to end: nothing is started, or started again, any more."""
+        self._site.closing = True
+
+    # --- start
+
+    async def start(self, order: StartOrder) -> list[WorkerView]:
+        """Start all of these workers, or none; the same answer for a request that was asked before.
+
+        Raises Refused; its detail is then a view of each worker of the order, the ones at fault first.
+        """
+        task = self._answers.get(order.request_id)
+        if task is None:
+            task = self._answers[order.request_id] = asyncio.ensure_future(self._start(order.orders))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            while len(self._answers) > ANSWERS_KEPT:
+                del self._answers[next(iter(self._answers))]
+        return await asyncio.shield(task)
+
+    async def _start(self, orders: list[Order]) -> list[WorkerView]:
+        self._refuse(orders)
+        workers = [Worker(order, self._site) for order in orders]
+        for worker in workers:  # from here on the names are taken
+            self._workers[worker.name] = worker
+        failed: dict[str, str] = {}
+        for worker in workers:
+            self._try(worker.prepare, worker.name, failed)
+        if not failed:
+            await self._note([worker.intent() for worker in workers], workers, failed)
+        for worker in workers if not failed else ():
+            self._try(worker.launch, worker.name, failed)
+            if failed:
+                break
+        if not failed:
+            await self._note([worker.started() for worker in workers if worker.running], workers, failed)
+        if failed:
+            await self._roll_back(workers, failed)
+        return [worker.view for worker in workers]
+
+    def _refuse(self, orders: list[Order]) -> None:
+        if self._site.closing:
+            raise Refused(f"node {self._site.node.name} is ending: nothing can be started there", "stopping")
+        wanted = [order.worker for order in orders]
+        for name in wanted:
+            known = self._workers.get(name)
+            if wanted.count(name) > 1 or (known is not None and known.held):
+                raise Refused(f"worker {name} runs already on node {self._site.node.name}", "in_use")
+
+    @staticmethod
+    def _try(step: Callable[[], None], name: str, failed: dict[str, str]) -> None:
+        try:
+            step()
+        except StartFailed as error:
+            failed[name] = str(error)
+
+    async def _note(
+        self, records: Sequence[journal.Record], workers: list[Worker], failed: dict[str, str]
+    ) -> None:
+        try:
+            await self._site.ledger.write(*records)
+        except OSError as error:
+            failed.update({worker.name: f"the journal cannot be written: {error}" for worker in workers})
+
+    async def _roll_back(self, workers: list[Worker], failed: dict[str, str]) -> None:
+        """Stop those that did start, free all the names, and say why."""
+        await asyncio.gather(*(worker.stop() for worker in workers if worker.live))
+        culprits = ", ".join(failed)
+        views = []
+        for worker in workers:
+            self._workers.pop(worker.name, None)
+            if worker.name in failed:
+                views.insert(0, worker.never_started(WorkerState.FAILED, failed[worker.name]))
+            else:
+                views.append(
+                    worker.never_started(WorkerState.STOPPED, f"not started, for {culprits} could not be")
+                )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:3])
+        log.warning("start refused: %s", reasons)
+        raise Refused(reasons, "stopping" if self._site.closing else "start_failed", views)
+
+    # --- stop, signal, ports
+
+    async def stop(self, order: StopOrder) -> list[StopResult]:
+        """Stop these workers side by side; one that is not there is stopped already."""
+        return list(await asyncio.gather(*(self._stop(name, order) for name in dict.fromkeys(order.workers))))
+
+    async def _stop(self, name: str, order: StopOrder) -> StopResult:
+        worker = self._workers.get(name)
+        if worker is None:
+            return StopResult(worker=name)
+        result = await worker.stop(order.grace)
+        if order.forget and not result.survivors and self._workers.get(name) is worker:
+            del self._workers[name]
+        return result
+
+    def signal(self, order: SignalOrder) -> list[str]:
+        """Signal these workers' own processes; the names of those that had one."""
+        try:
+            number = signal_number(order.signal)
+        except ValueError as error:
+            raise Refused(str(error), "malformed") from None
+        return [
+            name for name in order.workers if (worker := self._workers.get(name)) and worker.signal(number)
+        ]
+
+    def pass_on(self, number: int) -> None:
+        """Hand a signal that was sent to the whole job to those workers that have a handler for it."""
+        for worker in self._workers.values():
+            if worker.catches(number):
+                worker.signal(number)
+
+    def reserve(self, order: ReserveOrder) -> list[int]:
+        """Reserve ports; a worker's go when it ends, others with the agent."""
+        found = self._site.ports.reserve(order.owner, order.count)
+        if (worker := self._workers.get(order.owner)) is not None:
+            worker.view.ports = self._site.ports.owned(order.owner)
+            self._site.tell(worker.view)
+        return found
+
+    # --- what happens by itself
+
+    def reap(self) -> None:
+        """Take note of every child that has ended: a worker's own process, or an orphan that fell to us."""
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+            name = self._site.trees.reaped(ended.si_pid)
+            if name is not None and (worker := self._workers.get(name)) is not None:
+                worker.exited(code)
+
+    def heartbeat(self) -> None:
+        """Note in the journal what is new below the workers."""
+        last_pid = _last_pid()
+        if last_pid == self._last_pid:
+            return  # no process was born on this machine since the last look
+        self._last_pid = last_pid
+        found = {worker: frozenset(below) for worker, below in self._site.trees.survey().items()}
+        new = {worker: below - self._seen.get(worker, frozenset()) for worker, below in found.items()}
+        self._seen = found
+        records = [
+            journal.Seen(worker=worker, processes=sorted((one.pid, one.start_time) for one in below))
+            for worker, below in new.items()
+            if below
+        ]
+        if records:
+            self._site.ledger.later(*records)
+
+    # --- the end
+
+    async def end(self, budget: float | None = None) -> EndReport:
+        """Stop everything within ``budget`` seconds (None: as each worker's grace asks).
+
+        A second call may only shorten the first; both have the same answer.
+        """
+        self.freeze()
+        if budget is not None:
+            self._budget_ends = min(self._budget_ends, self._loop.time() + budget)
+        if self._end is None:
+            self._end = asyncio.ensure_future(self._stop_all())
+        elif budget is not None:
+            await asyncio.gather(*(self._stop_in_time(worker) for worker in list(self._workers.values())))
+        return await asyncio.shield(self._end)
+
+    async def _stop_all(self) -> EndReport:
+        workers = list(self._workers.values())
+        log.info("ending: %d workers to stop", sum(worker.live for worker in workers))
+        was_live = [worker for worker in workers if worker.live]
+        results = await asyncio.gather(*(self._stop_in_time(worker) for worker in was_live))
+        survivors = [line for result in results for line in result.survivors]
+        survivors += [line for line in await self._sweep() if line not in survivors]
+        for line in survivors:
+            log.error("still alive: %s", line)
+        return EndReport(survivors=survivors, results=list(results))
+
+    def _rest(self) -> float:
+        return self._budget_ends - self._loop.time()
+
+    async def _stop_in_time(self, worker: Worker) -> StopResult:
+        rest = self._rest()
+        if rest == float("inf"):
+            return await worker.stop()
+        margin = min(END_MARGIN_S, rest / 3)
+        grace = max(0.0, min(worker.order.stop.grace, rest - margin))
+        return await worker.stop(grace, min(KILL_BOUND_S, max(0.5, margin)))
+
+    async def _sweep(self) -> list[str]:
+        """End what is nobody's: orphans without a tag below us, and what carries our tag elsewhere."""
+        grace = max(0.0, min(ORPHANS_GRACE_S, self._rest() / 3))
+        rest = Stopping(self._anything, leader=None, signum=signal.SIGTERM, grace=grace)
+        rest.hasten(grace, max(0.5, min(KILL_BOUND_S, self._rest())))
+        outcome = await rest.run()
+        return outcome.survivors
+
+    def _anything(self, newer_than: float) -> list[Identity]:
+        self.reap()
+        found = dict.fromkeys(self._site.trees.everything(newer_than))
+        node, kin = self._site.node, process.ancestors(os.getpid())
+        job_id = node.environment.get("SLURM_JOB_ID")
+        for one in process.walk_tagged(node.run_id, node.name, job_id=job_id):
+            if one.pid not in kin and process.alive(one):
+                found.setdefault(one)
+        return list(found)
+
+
+def _last_pid() -> bytes:
+    """The PID that was given out last on this machine."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/loadavg").read_bytes().split()[-1]
+    return os.urandom(8)

@@ -1,0 +1,184 @@
+"""Whose is a process? The trees of this node's workers, orphans that fell to the agent included.
+
+Reads /proc, owns nothing but memory of what it saw, signals nobody. An orphan belongs to the worker whose tree it
+was seen in, whose session it is in, whose tag it carries, or whose log it writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from slurmfork import names, process
+from slurmfork.process import Identity, boot_id
+
+
+class Entry(NamedTuple):
+    """What /proc/PID/stat says of one process. ``over``: exited, and waiting to be reaped."""
+
+    parent: int
+    session: int
+    start_time: int
+    over: bool
+
+
+Census = dict[int, Entry]
+
+
+def take_census() -> Census:
+    """Every process of this machine, at about one moment."""
+    found = {}
+    for name in os.listdir("/proc"):  # noqa: PTH208 (light)
+        if name.isdigit() and (entry := _entry(name)):
+            found[int(name)] = entry
+    return found
+
+
+def _entry(pid: str) -> Entry | None:
+    try:
+        descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        data = os.read(descriptor, 2048)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    fields = data[data.rfind(b")") + 2 :].split(None, 20)
+    if len(fields) < 20:
+        return None
+    over = fields[0] in b"ZXx" and int(fields[17]) <= 1
+    return Entry(int(fields[1]), int(fields[3]), int(fields[19]), over)
+
+
+class Trees:
+    """The trees of one agent's workers. ``clock`` is the event loop's.
+
+    Looks taken for many workers at the same moment share one census: see ``newer_than``.
+    """
+
+    def __init__(self, run_id: str, clock: Callable[[], float]) -> None:
+        self._run_id = run_id
+        self._clock = clock
+        self._leaders: dict[int, str] = {}
+        self._sessions: dict[int, str] = {}
+        self._logs: dict[str, str] = {}
+        self._owners: dict[tuple[int, int], str] = {}
+        self._census: Census = {}
+        self._below: dict[int, list[int]] = {}
+        self._taken = float("-inf")
+
+    # --- workers come and go
+
+    def enter(self, worker: str, leader: Identity, log: str) -> None:
+        """A worker's process has begun."""
+        self._leaders[leader.pid] = worker
+        self._sessions[leader.pid] = worker
+        self._logs[log] = worker
+
+    def reaped(self, pid: int) -> str | None:
+        """The PID of a leader is free again; whose it was. Its session's number stays taken while anybody is in it."""
+        return self._leaders.pop(pid, None)
+
+    def leave(self, worker: str) -> None:
+        """Nothing of this worker is left."""
+        self._sessions = {pid: name for pid, name in self._sessions.items() if name != worker}
+        self._logs = {log: name for log, name in self._logs.items() if name != worker}
+
+    # --- looks
+
+    def of(self, worker: str, newer_than: float) -> list[Identity]:
+        """All that runs of a worker now, by a look that is not older than ``newer_than``."""
+        if not self._may_have(worker):
+            return []
+        self._see(newer_than)
+        found = self._running(self._roots(worker), worker)
+        if not found and any(pid not in self._census for pid in process.children(os.getpid())):
+            # The list of /proc is not of one moment: who is born behind its back is missed, his parent gone.
+            self._see(self._clock())
+            found = self._running(self._roots(worker), worker)
+        return found
+
+    def everything(self, newer_than: float) -> list[Identity]:
+        """All that runs below the agent, nobody's orphans included."""
+        self._see(newer_than)
+        return self._running(self._orphans_and_leaders(), None)
+
+    def survey(self) -> dict[str, list[Identity]]:
+        """All that runs of each worker but its own process, to be remembered."""
+        self._see(self._clock())
+        self._owners = {key: name for key, name in self._owners.items() if self._is_there(*key)}
+        found: dict[str, list[Identity]] = {}
+        for pid in self._orphans_and_leaders():
+            if (worker := self._owner(pid)) is not None:
+                tree = self._running([pid], worker)
+                found.setdefault(worker, []).extend(one for one in tree if one.pid not in self._leaders)
+        return found
+
+    def owner_of(self, pid: int) -> str | None:
+        """The worker that a process belongs to, going up from it; None where that is nobody's."""
+        chain = process.ancestors(pid) | {pid}
+        if leader := next((leader for leader in self._leaders if leader in chain), None):
+            return self._leaders[leader]
+        return self._by_tag(pid) if os.getpid() in chain else None
+
+    def _may_have(self, worker: str) -> bool:
+        """A quick no: the worker's own process is gone, and no orphan has come to the agent."""
+        if worker in self._leaders.values():
+            return True
+        return any(pid not in self._leaders for pid in process.children(os.getpid()))
+
+    def _see(self, newer_than: float) -> None:
+        """Have a census that was begun after ``newer_than``."""
+        if self._taken > newer_than:
+            return
+        now = self._clock()
+        self._census, self._below, self._taken = take_census(), {}, now
+        for pid, entry in self._census.items():
+            self._below.setdefault(entry.parent, []).append(pid)
+
+    def _orphans_and_leaders(self) -> list[int]:
+        return self._below.get(os.getpid(), [])
+
+    def _roots(self, worker: str) -> list[int]:
+        return [pid for pid in self._orphans_and_leaders() if self._owner(pid) == worker]
+
+    def _running(self, roots: Iterable[int], owner: str | None) -> list[Identity]:
+        """The roots and all below them that runs; remembered as their owner's."""
+        found = []
+        queue = list(roots)
+        for pid in queue:  # grows while it is walked
+            entry = self._census[pid]
+            queue.extend(self._below.get(pid, ()))
+            if owner is not None:
+                self._owners[pid, entry.start_time] = owner
+            if not entry.over:
+                found.append(Identity(pid, entry.start_time, boot_id()))
+        return found
+
+    def _is_there(self, pid: int, start_time: int) -> bool:
+        entry = self._census.get(pid)
+        return entry is not None and entry.start_time == start_time
+
+    def _owner(self, pid: int) -> str | None:
+        """The worker of a direct child of the agent."""
+        entry = self._census[pid]
+        if worker := self._leaders.get(pid) or self._owners.get((pid, entry.start_time)):
+            return worker
+        return self._sessions.get(entry.session) or self._by_tag(pid) or self._by_log(pid)
+
+    def _by_tag(self, pid: int) -> str | None:
+        found = process.environ(pid) or {}
+        return found.get(names.WORKER) if found.get(names.RUN_ID) == self._run_id else None
+
+    def _by_log(self, pid: int) -> str | None:
+        for number in (1, 2):
+            try:
+                worker = self._logs.get(os.readlink(f"/proc/{pid}/fd/{number}"))  # noqa: PTH115 (light)
+            except OSError:
+                continue
+            if worker:
+                return worker
+        return None

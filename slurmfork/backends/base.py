@@ -1,0 +1,77 @@
+"""What a backend is: it gets nodes, has one agent started on each by the batch script, reports on its job.
+
+Only shapes live here. A backend never looks into a run's workers, and never decides what a run's state is: it
+says what its scheduler says, and "don't know" (a state of None) where that says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct, field
+
+from slurmfork.names import RunState
+
+if TYPE_CHECKING:
+    from slurmfork.plan import Request
+    from slurmfork.rundir import RunDir
+    from slurmfork.spec import Spec
+
+
+class Job(Struct, frozen=True, kw_only=True):
+    """A job as its scheduler knows it. Ids are reused: it is told by id and ``submitted`` (epoch) together.
+
+    ``notes`` are what the scheduler had to say at submission though it took the job; to be shown.
+    """
+
+    job_id: str
+    cluster: str | None = None
+    submitted: float
+    notes: list[str] = field(default_factory=list)
+
+
+class JobReport(Struct, kw_only=True):
+    """What the scheduler says of a job. ``state`` None: it is not known; ``reason`` says why.
+
+    ``word`` is the scheduler's own word for the state, to be shown as it is; ``fresh`` is when it was asked,
+    ``started`` and ``ended`` when the job did; all in seconds since the epoch.
+    """
+
+    state: RunState | None
+    word: str = ""
+    reason: str = ""
+    exit_status: int | None = None
+    nodes: str = ""
+    fresh: float
+    started: float | None = None
+    ended: float | None = None
+
+
+class Check(Struct, kw_only=True):
+    """One thing that `doctor` looked at. ``detail`` says what was found and, if not ``ok``, what to do."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class Backend(Protocol):
+    """Who gives the nodes. Methods raise BackendError in the scheduler's own words."""
+
+    name: str
+
+    def submit(self, rundir: RunDir, spec: Spec, request: Request) -> Job:
+        """Start the batch script of a filled run directory, in time; what is refused has started nothing."""
+
+    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> dict[str, JobReport]:
+        """What the scheduler says of each job, by job id; it is asked once for all. Never raises."""
+
+    def cancel(self, rundir: RunDir, job: Job) -> None:
+        """Have the job ended; one that is over already is left alone."""
+
+    def ended(self, rundir: RunDir, job: Job) -> bool:
+        """Whether the job is surely over, asked now; cheap enough to be called in a loop."""
+
+    def check(self) -> list[Check]:
+        """What `doctor` should say about this backend here."""

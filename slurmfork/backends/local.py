@@ -1,0 +1,121 @@
+"""The local backend: the batch script runs on this machine, in a session of its own that outlives the terminal.
+
+A job is the script's process: its id is the PID, and ``local.json`` in the run directory holds the rest of its
+identity and the machine, so that neither a reused PID nor another login node is mistaken for it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from slurmfork import devices, process
+from slurmfork.backends.base import Check, Job, JobReport
+from slurmfork.errors import BackendError
+from slurmfork.names import RunState
+from slurmfork.process import Identity
+from slurmfork.rundir import RunDir
+
+if TYPE_CHECKING:
+    from slurmfork.plan import Request
+    from slurmfork.spec import Spec
+
+NO_DEVICES = "this machine shows no GPU: device numbers are those of the spec, and stand for nothing here"
+
+
+class LocalJob(msgspec.Struct, kw_only=True):
+    """``local.json``: the batch script's process and the machine that it runs on."""
+
+    version: int = 1
+    host: str
+    pid: int
+    start_time: int
+    boot_id: str
+
+
+class LocalBackend:
+    """Runs batch scripts on this machine."""
+
+    name = "local"
+
+    def submit(self, rundir: RunDir, spec: Spec, request: Request) -> Job:
+        """Start the batch script; raises PlanError if the machine's GPUs do not do, BackendError without bash."""
+        devices.of_this_process(request.nodes, request.gpus_per_node)
+        notes = []
+        if request.gpus_per_node and not devices.present(os.environ) and spec.local.gpus_per_node is None:
+            notes.append(NO_DEVICES)
+        log = os.open(rundir.batch_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            script = subprocess.Popen(
+                ["bash", str(rundir.script)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=Path.cwd(),
+                env={name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise BackendError(f"cannot run bash: {error.strerror}") from None
+        finally:
+            os.close(log)
+        identity = process.identify(script.pid)
+        assert identity is not None  # it is our child, and not reaped
+        record = LocalJob(host=os.uname().nodename, **identity._asdict())
+        rundir.write_record(rundir.path / "local.json", record)
+        script.returncode = 0  # it is meant to outlive us: no complaint that it still runs
+        return Job(job_id=str(script.pid), submitted=time.time(), notes=notes)
+
+    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> dict[str, JobReport]:
+        """Whether each script still runs, as far as this machine can tell."""
+        return {job.job_id: self._report(rundir) for rundir, job in jobs}
+
+    def _report(self, rundir: RunDir) -> JobReport:
+        record = rundir.read_record(rundir.path / "local.json", LocalJob)
+        if record is None:
+            return JobReport(state=None, reason="the batch script was never started", fresh=time.time())
+        if record.host != os.uname().nodename:
+            return JobReport(state=None, reason=f"it runs on {record.host}, not here", fresh=time.time())
+        if _alive(record):
+            return JobReport(state=RunState.STARTING, word="RUNNING", fresh=time.time())
+        reason = "the batch script is gone" + ("" if _same_boot(record) else " since the machine was restarted")
+        return JobReport(state=RunState.FAILED, word="GONE", reason=reason, fresh=time.time())
+
+    def cancel(self, rundir: RunDir, job: Job) -> None:
+        """SIGTERM to the batch script, which passes it on to the head."""
+        record = rundir.read_record(rundir.path / "local.json", LocalJob)
+        if record is None:
+            return
+        if record.host != os.uname().nodename:
+            raise BackendError(f"the run is on {record.host}: cancel it there")
+        process.send(_identity(record), signal.SIGTERM)
+
+    def ended(self, rundir: RunDir, job: Job) -> bool:
+        """Whether the script's process is gone."""
+        record = rundir.read_record(rundir.path / "local.json", LocalJob)
+        return record is None or (record.host == os.uname().nodename and not _alive(record))
+
+    def check(self) -> list[Check]:
+        """The devices of this machine."""
+        found = devices.present(os.environ)
+        shown = f"{len(found)} GPUs: {','.join(found)}" if found else "no GPU here; specs are tried with numbers alone"
+        return [Check(name="local devices", ok=True, detail=shown)]
+
+
+def _identity(record: LocalJob) -> Identity:
+    return Identity(record.pid, record.start_time, record.boot_id)
+
+
+def _alive(record: LocalJob) -> bool:
+    return process.alive(_identity(record))
+
+
+def _same_boot(record: LocalJob) -> bool:
+    return record.boot_id == process.boot_id()

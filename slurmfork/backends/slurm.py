@@ -1,0 +1,116 @@
+"""The Slurm backend: sbatch, scancel, and Slurm's word on its jobs, by Slurm's own commands on this machine.
+
+It never looks at a run's workers, and holds no state of its own: jobs are known by id and submit time.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from slurmfork.backends import slurm_doctor, slurm_records
+from slurmfork.backends.base import Check, Job, JobReport
+from slurmfork.backends.queue import GONE, Queue, shared_directory
+from slurmfork.backends.slurm_commands import Answer, ask, of_cluster
+from slurmfork.errors import BackendError
+from slurmfork.names import ENDED_STATES
+
+if TYPE_CHECKING:
+    from slurmfork.plan import Request
+    from slurmfork.rundir import RunDir
+    from slurmfork.spec import Spec
+
+_SUBMITTED = re.compile(r"^(\d+)(?:;(\S+))?$", re.MULTILINE)
+_NO_SLURM = "is this a Slurm login node? `--backend local` runs on this machine"
+_LOOK_S = 1.0
+
+
+class SlurmBackend:
+    """Slurm as this machine's commands reach it. ``directory``: where processes share its answers."""
+
+    name = "slurm"
+    _ended: ClassVar[dict[tuple[str, float], tuple[float, bool]]] = {}
+
+    def __init__(self, *, directory: Path | None = None) -> None:
+        self._directory = directory
+
+    def submit(self, rundir: RunDir, spec: Spec, request: Request) -> Job:
+        """Submit the batch script; raises BackendError with Slurm's own words, and a hint, if refused."""
+        answer = ask(["sbatch", "--parsable", str(rundir.script)], submit=True)
+        if answer.missing:
+            raise BackendError(f"{answer.words}: {_NO_SLURM}")
+        found = _SUBMITTED.findall(answer.output)
+        if not found:
+            raise BackendError(_refusal(answer, request))
+        job_id, cluster = found[-1]  # a site's wrapper may print before it
+        submitted = _submit_time(job_id, cluster)
+        notes = [answer.words] if answer.words else []
+        return Job(job_id=job_id, cluster=cluster or None, submitted=submitted, notes=notes)
+
+    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> dict[str, JobReport]:
+        """Slurm's word on each job, by job id; Slurm is asked once for all, and every 10 s at most."""
+        asked = sorted((job for _, job in jobs), key=lambda job: job.submitted)  # the latest of an id counts
+        reports: dict[str, JobReport] = {}
+        for cluster in sorted({job.cluster or "" for job in asked}):
+            own = [job for job in asked if (job.cluster or "") == cluster]
+            reports.update(self._queue(cluster).report(own))
+        return reports
+
+    def cancel(self, rundir: RunDir, job: Job) -> None:
+        """scancel, for this very job: an id may have been given to another since. Raises BackendError."""
+        report = self._queue(job.cluster).look(job)
+        if report.state in ENDED_STATES or report.word == GONE:
+            return
+        answer = ask([*of_cluster("scancel", job.cluster), job.job_id])
+        if not answer.ok and not re.search("Invalid job id|already complet", answer.words):
+            raise BackendError(f"scancel {job.job_id}: {answer.words}")
+
+    def ended(self, rundir: RunDir, job: Job) -> bool:
+        """Whether Slurm says that the job is over, or knows it no more; asked at most once a second."""
+        key = (job.job_id, job.submitted)
+        asked, over = self._ended.get(key, (0.0, False))
+        if not over and time.monotonic() - asked >= _LOOK_S:
+            report = self._queue(job.cluster).look(job)
+            over = report.state in ENDED_STATES or report.word == GONE
+            self._ended[key] = (time.monotonic(), over)
+        return over
+
+    def check(self) -> list[Check]:
+        """Commands, controller, partitions, the tracker of processes, KillWait, accounting."""
+        return slurm_doctor.checks()
+
+    def _queue(self, cluster: str | None) -> Queue:
+        return Queue(cluster or None, directory=self._directory or shared_directory())
+
+
+def _submit_time(job_id: str, cluster: str | None) -> float:
+    """Slurm's own submit time of a job; this machine's clock where Slurm is slow to tell."""
+    now = time.time()
+    answer = ask([*of_cluster("scontrol", cluster), "show", "job", job_id], timeout=5)
+    entry = slurm_records.from_scontrol(job_id, answer.output) if answer.ok else None
+    return entry.submitted if entry and entry.submitted else now
+
+
+def _refusal(answer: Answer, request: Request) -> str:
+    """Why sbatch did not take the job, in its own words, with what may help."""
+    words = answer.words or f"sbatch printed no job id but {answer.output.strip()[:200]!r}"
+    if "did not answer" in words:
+        return f"{words}; it may have submitted the job: look at `squeue --me` before you try again"
+    return f"{words}{_hint(words, request)}"
+
+
+def _hint(words: str, request: Request) -> str:
+    if re.search("invalid partition", words, re.IGNORECASE):
+        partitions = sorted(set(ask(["sinfo", "-h", "-o", "%R"]).output.split()))
+        return f"; there are: {', '.join(partitions)}" if partitions else ""
+    if "Requested node configuration is not available" in words:
+        return (
+            f"; asked for were {request.nodes} nodes with {request.gpus_per_node} GPUs and "
+            f"{request.cpus_per_node} CPUs each: `sinfo -o '%R %D %c %m %G'` shows what there is"
+        )
+    if re.search("parameter too long", words):
+        return "; an option is longer than Slurm takes (1024 characters for most), or the script is too large"
+    return ""

@@ -1,0 +1,163 @@
+"""A run in the foreground: its logs on stdout, its states on stderr, and Ctrl-C as its end.
+
+SIGTERM and SIGHUP mean the same as Ctrl-C: whoever closes the terminal wants nothing left behind.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from slurmfork.cli import failure, logview, output, progress
+from slurmfork.errors import SlurmforkError
+from slurmfork.logs import Merged
+from slurmfork.messages import CancelReply
+from slurmfork.names import RunState
+from slurmfork.observe import RunStatus
+from slurmfork.run import Run
+
+LOOK_STARTING = 1.0  # seconds between two looks at the state, while it is about to change
+LOOK_READY = 5.0
+ASKING = 1.0  # seconds in which a cancel has surely been asked for
+
+
+class Told(BaseException):
+    """A signal that ends this command."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def submit_and_follow(submit: Callable[[], Run], *, prefix: bool) -> int:
+    """Submit, print the logs of the run to its end, and return the exit status for the command."""
+    with _ear() as ear:
+        run = submit()
+        output.complain(name_line(run))
+        screen = _Screen(run, prefix=prefix)
+        try:
+            ear.raise_from_now_on()
+            status = _to_the_end(run, screen)
+        except Told as told:
+            _cancel(run, screen)
+            return 128 + told.number
+    screen.look(final=True)
+    failure.explain(run, status, tails=not screen.lines)
+    if failure.exit_status(status) == 0:
+        output.complain(f"{run.run_id} is {status.state}")
+    return failure.exit_status(status)
+
+
+def name_line(run: Run) -> str:
+    """What a run is called, by us and by the scheduler, and where it is."""
+    job = f"job {run.job_id}" if run.record.backend == "slurm" else f"{run.record.backend} job {run.job_id}"
+    return f"{run.run_id}  {job}  {run.rundir.path}"
+
+
+class _Ear:
+    """Hears the signals that end this command. Until it may raise, it remembers: a submission is not cut in two."""
+
+    def __init__(self) -> None:
+        self._heard: int | None = None
+        self._raises = False
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = number
+        if self._raises:
+            raise Told(number)
+
+    def raise_from_now_on(self) -> None:
+        self._raises = True
+        if self._heard is not None:
+            raise Told(self._heard)
+
+
+@contextmanager
+def _ear() -> Iterator[_Ear]:
+    ear = _Ear()
+    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: stays ignored
+            before[number] = signal.signal(number, ear.hear)
+    try:
+        yield ear
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Screen:
+    def __init__(self, run: Run, *, prefix: bool) -> None:
+        self._logs = Merged(run.rundir)
+        self._printer = logview.Printer(prefix=prefix)
+
+    @property
+    def lines(self) -> int:
+        return self._printer.lines
+
+    def look(self, *, final: bool = False) -> None:
+        for source, line in self._logs.new(final=final):
+            self._printer.line(source, line)
+        sys.stdout.buffer.flush()
+
+
+def _to_the_end(run: Run, screen: _Screen) -> RunStatus:
+    shown = progress.Plain()
+    due = 0.0
+    while True:
+        now = time.monotonic()
+        if now >= due or run.rundir.end.exists():
+            status = run.status()
+            if status.over:
+                return status
+            shown.show(status)
+            due = now + (LOOK_READY if status.state is RunState.READY else LOOK_STARTING)
+        screen.look()
+        time.sleep(logview.POLL)
+
+
+def _cancel(run: Run, screen: _Screen) -> None:
+    """End the run while its last words are still printed; leaves at once if told again."""
+    output.complain(f"cancelling {run.run_id}; Ctrl-C again leaves without waiting for its end")
+    outcome: list[CancelReply | SlurmforkError] = []
+
+    def work() -> None:
+        try:
+            outcome.append(run.cancel("interrupted"))
+        except SlurmforkError as error:
+            outcome.append(error)
+
+    worker = threading.Thread(target=work, daemon=True)  # daemon: it must not hold us up when told again
+    worker.start()
+    begun = time.monotonic()
+    try:
+        while worker.is_alive():
+            screen.look()
+            worker.join(logview.POLL)
+        screen.look(final=True)
+    except Told:
+        worker.join(max(0.0, begun + ASKING - time.monotonic()))
+        output.complain(
+            f"not waiting; the cancel goes on, `slurmfork cancel {run.run_id}` makes sure that it comes to its end"
+        )
+        return
+    output.complain(_outcome(run, outcome[0]) if outcome else f"the cancel of {run.run_id} broke off; repeat it")
+
+
+def _outcome(run: Run, outcome: CancelReply | SlurmforkError) -> str:
+    if isinstance(outcome, SlurmforkError):
+        return f"{outcome}; `slurmfork cancel {run.run_id}` tries again"
+    return cancelled_line(run, outcome)
+
+
+def cancelled_line(run: Run, reply: CancelReply) -> str:
+    """How a cancelled run ended, in a line."""
+    line = f"{run.run_id}: {reply.state}, {output.plural(reply.survivors, 'survivor')}"
+    if reply.unverified:
+        line += f", could not verify {', '.join(reply.unverified)}"
+    return line

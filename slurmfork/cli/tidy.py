@@ -1,0 +1,142 @@
+"""Verbs that tidy up after runs that are over: clean what still runs, prune what is on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slurmfork import aftermath
+from slurmfork.aftermath import Aftermath
+from slurmfork.cli import output
+from slurmfork.cli.options import RUN, Seconds, verb
+from slurmfork.errors import Refused, RunDirError, SlurmforkError, UsageError
+from slurmfork.observe import RunStatus
+from slurmfork.run import Run, statuses
+
+
+@verb("clean", prints_data=True, examples=["slurmfork clean last", "slurmfork clean --all"])
+@click.argument("run", metavar="[RUN]", type=RUN, required=False)
+@click.option("--all", "every", is_flag=True, help="All runs that are over.")
+def clean(run: str | None, every: bool, root: str | None, as_json: bool) -> int:
+    """End whatever is left of runs that are over, on this machine, and say what would not die.
+
+    What is left is found by the run's journals and by the run id in the environment of processes. Nodes that are
+    other machines are named; run it there.
+    """
+    if (run is None) != every:
+        raise UsageError("say which run to clean, or --all")
+    found = [Run.load(run, root)] if run is not None else Run.all(root)
+    over = [one for one, (status, _) in zip(found, statuses(found), strict=True) if _is_over(status, skip=every)]
+    swept = [(one.run_id, aftermath.sweep_run(one.rundir)) for one in over]
+    if as_json:
+        output.document(_document(swept))
+    for run_id, after in swept:
+        _tell(run_id, after, as_json=as_json)
+    if every and not as_json:
+        output.say(f"{output.plural(len(over), 'run')} looked at, {len(found) - len(over)} still alive left alone")
+    return 1 if any(after.survivors or after.unverified for _, after in swept) else 0
+
+
+def _is_over(status: RunStatus, *, skip: bool) -> bool:
+    """Whether a run is over; one that was named and is not is refused."""
+    if not status.over and not skip:
+        raise Refused(f"{status.run_id} is {status.state}; cancel it first", "not_over")
+    return status.over
+
+
+def _document(swept: list[tuple[str, Aftermath]]) -> dict[str, Any]:
+    survivors = [line for _, after in swept for line in after.survivors]
+    return {
+        "killed": [line for _, after in swept for line in after.killed],
+        "survivors": len(survivors),
+        "details": survivors,
+        "unverified": sorted({node for _, after in swept for node in after.unverified}),
+        "runs": [
+            {"run_id": run_id, "killed": a.killed, "survivors": len(a.survivors), "unverified": a.unverified}
+            for run_id, a in swept
+        ],
+    }
+
+
+def _tell(run_id: str, after: Aftermath, *, as_json: bool) -> None:
+    if not as_json:
+        output.say(f"{run_id}: {output.plural(len(after.killed), 'process')} ended, {len(after.survivors)} left")
+        for line in after.killed:
+            output.say(f"  ended: {line}")
+    for line in after.survivors:
+        output.aside(f"  still alive: {line}")
+    if after.unverified:
+        nodes = ", ".join(after.unverified)
+        output.complain(f"{run_id}: cannot look at {nodes} from here; run `slurmfork clean {run_id}` there")
+
+
+@verb("prune", prints_data=True, examples=["slurmfork prune", "slurmfork prune --older-than 7d --yes"])
+@click.option("--older-than", type=Seconds(unit=True), default="30d", metavar="D", help="7d, 12h, 30m; 30d.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
+    """Remove the directories of runs that ended longer ago than D, with their logs.
+
+    Never touches a run that is alive, or of which nobody knows whether it is. What should still run of the others
+    on this machine is ended first; if that fails, the directory is kept.
+    """
+    found = Run.all(root)
+    judged = zip(found, statuses(found), strict=True)
+    old = [one for one, (status, _) in judged if status.over and _quiet_for(one, status) >= older_than]
+    if old and not yes:
+        _ask(old)
+    removed = [one.run_id for one in old if _nothing_left(one) and _remove(one)]
+    if as_json:
+        output.document({"removed": removed})
+    else:
+        output.say(f"{output.plural(len(removed), 'run')} removed")
+    return 0 if len(removed) == len(old) else 1
+
+
+def _quiet_for(run: Run, status: RunStatus) -> float:
+    """Seconds since the end of a run; where that was not recorded, since anything was written at its top."""
+    ended = status.ended or max(_changed(path) for path in (run.rundir.path, run.rundir.batch_log, run.rundir.status))
+    return time.time() - max(ended, run.record.submitted)
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _nothing_left(run: Run) -> bool:
+    """Whether no process of the run is left here: with its directory the proof of what it started would go."""
+    after = aftermath.sweep_run(run.rundir)
+    if after.survivors:
+        output.complain(f"{run.run_id} is kept: {output.plural(len(after.survivors), 'process')} of it would not die")
+    return not after.survivors
+
+
+def _ask(doomed: list[Run]) -> None:
+    if not sys.stdin.isatty():
+        raise UsageError(f"{output.plural(len(doomed), 'run')} would be removed; --yes does it without asking")
+    for run in doomed:
+        output.aside(f"  {run.run_id}  submitted {output.since(run.record.submitted)} ago")
+    click.confirm(f"Remove {output.plural(len(doomed), 'run')} with their logs?", abort=True, err=True)
+
+
+def _remove(run: Run) -> bool:
+    """Remove a run's directory; never through a link, never another user's."""
+    path = run.rundir.path
+    try:
+        seen = path.lstat()
+        if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid():
+            raise RunDirError(f"{path} is not a directory of yours")
+        shutil.rmtree(path)
+    except (OSError, SlurmforkError) as error:
+        output.complain(f"{run.run_id} is kept: {error}")
+        return False
+    return True

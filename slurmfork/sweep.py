@@ -1,0 +1,170 @@
+"""The sweep: what is left of a run on this machine is found by journal and by tag, and ended from outside.
+
+``python -I .../sweep.py --run-dir DIR [--node N] [--grace S]`` prints a report as JSON; the batch script's
+exit trap, ``cancel``, ``clean`` and an epilog use it. It believes nothing that somebody else could have
+written, and never touches its caller or the processes above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if not __package__:  # isolated mode leaves out every path of the user's, ours among them
+    sys.path.append(__file__.rsplit("/", 2)[0])
+
+import msgspec
+
+from slurmfork import journal, names
+from slurmfork.errors import RunDirError, SlurmforkError, UsageError
+from slurmfork.killing import end_all
+from slurmfork.process import Identity, alive, ancestors, describe, owner, walk, walk_tagged
+from slurmfork.rundir import RunDir, RunRecord
+
+BOUND_S = 10.0
+DEFAULT_GRACE_S = 5.0
+MAX_GRACE_S = 3600
+
+
+@dataclass
+class SweepReport:
+    """What was ended, and what would not die, each in words; ``notes`` says what could not be looked at."""
+
+    killed: list[str] = field(default_factory=list)
+    survivors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def sweep(
+    rundir: Path,
+    *,
+    run_id: str,
+    node: str | None,
+    grace: float,
+    spare: frozenset[int] = frozenset(),
+    bound: float = BOUND_S,
+) -> SweepReport:
+    """End all that is left of a run here: SIGTERM, ``grace`` seconds, SIGKILL, ``bound`` seconds at most.
+
+    ``node``: only what belongs to that node of the run. The caller, its ancestors and the PIDs in ``spare``
+    are left alone. Raises RunDirError where the run directory is not this user's own.
+    """
+    report = SweepReport()
+    recorded = list(_recorded(rundir, node, report.notes))
+    job_id = _job_id(rundir)
+    protected = spare | ancestors(os.getpid()) | {os.getpid()}
+
+    def find() -> Iterator[Identity]:
+        known = (one for one in recorded if alive(one) and owner(one.pid) == os.geteuid())
+        seen: set[Identity] = set()
+        for source in (known, walk_tagged(run_id, node, job_id=job_id)):
+            yield from _with_descendants(source, seen, protected)
+
+    outcome = end_all(find, grace=grace, bound=bound)
+    report.killed = outcome.ended
+    report.survivors = [describe(one) for one in outcome.survivors]
+    return report
+
+
+def _with_descendants(
+    roots: Iterable[Identity], seen: set[Identity], protected: frozenset[int]
+) -> Iterator[Identity]:
+    """Each root and what is below it, once: what shed the tag may still have a parent that did not."""
+    for root in roots:
+        if root in seen or root.pid in protected:
+            continue
+        seen.add(root)
+        yield root
+        for one in walk(root.pid):
+            if one not in seen and one.pid not in protected:
+                seen.add(one)
+                yield one
+
+
+def _recorded(rundir: Path, node: str | None, notes: list[str]) -> Iterator[Identity]:
+    """Identities that the run's journals hold as not ended."""
+    for path in _journals(rundir, node, notes):
+        try:
+            records = journal.read(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            notes.append(f"journal {path.name} was not used: {error.strerror}")
+            continue
+        if records.damaged:
+            notes.append(f"journal {path.name} has {records.damaged} damaged lines")
+        yield from (one.identity for one in journal.living(records))
+
+
+def _journals(rundir: Path, node: str | None, notes: list[str]) -> list[Path]:
+    here = RunDir(rundir)
+    for path in (rundir, here.journals):
+        try:
+            facts = os.lstat(path)
+        except OSError as error:
+            notes.append(f"no journal was used: {path}: {error.strerror}")
+            return []
+        if not _is_private(facts):
+            raise RunDirError(
+                f"{path} is not a directory that only this user can write to; it is not believed"
+            )
+    if node is not None:
+        return [here.journal(node)]
+    return sorted(Path(entry.path) for entry in os.scandir(here.journals) if entry.name.endswith(".jsonl"))
+
+
+def _is_private(facts: os.stat_result) -> bool:
+    shared = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not shared
+
+
+def _job_id(rundir: Path) -> str | None:
+    """The run's Slurm job: a job that one of its workers submitted inherits the tag, and is not swept."""
+    try:
+        record = RunDir(rundir).read_record(RunDir(rundir).record, RunRecord)
+    except RunDirError:
+        return None
+    if record is None or record.backend != "slurm" or not record.job_id:
+        return None
+    return record.job_id
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="sweep", description="End what is left of a run on this machine.")
+    parser.add_argument(
+        "--run-dir", type=Path, required=True, help="the run directory; its name is the run id"
+    )
+    parser.add_argument("--node", help="only this node's processes")
+    parser.add_argument(
+        "--grace", type=float, default=DEFAULT_GRACE_S, help="seconds between SIGTERM and SIGKILL"
+    )
+    options = parser.parse_args(arguments)
+    options.run_dir = options.run_dir.absolute()
+    if not names.RUN_ID_PATTERN.fullmatch(options.run_dir.name):
+        raise UsageError(f"{options.run_dir} is no run directory: its name is no run id")
+    if options.node is not None and not names.NODE_PATTERN.fullmatch(options.node):
+        raise UsageError(f"{options.node!r} is no name of a node")
+    if not 0 <= options.grace <= MAX_GRACE_S:
+        raise UsageError(f"--grace takes 0 to {MAX_GRACE_S} seconds, not {options.grace}")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Sweep and print the report; 1 if anything survived."""
+    try:
+        options = _options(arguments)
+        report = sweep(options.run_dir, run_id=options.run_dir.name, node=options.node, grace=options.grace)
+    except SlurmforkError as error:
+        print(f"slurmfork: {error}", file=sys.stderr)
+        return error.exit_code
+    print(msgspec.json.encode(report).decode())
+    return 1 if report.survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
