@@ -10,7 +10,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from slurmfork.process import Identity, alive, describe, has_pidfd, send
@@ -69,16 +70,30 @@ def end_all(
     ``clear`` may know better than two looks. Gives up ``bound`` seconds after the first SIGKILL.
     """
     told: dict[Identity, str] = {}
-    first = _tell(find(), told, signal.SIGTERM, signal.SIGCONT)
+    # All are known before any is asked: who ends at once takes what lies below out of sight.
+    first = _tell(list(find()), told, signal.SIGTERM, signal.SIGCONT)
     wait_gone(first, grace)
     deadline = time.monotonic() + bound
     empty = 0
     while (empty < 2 or not clear()) and time.monotonic() < deadline:
-        killed = _kill_round(find, told, deadline)
+        with _undisturbed():
+            killed = _kill_round(find, told, deadline)
         empty = 0 if killed else empty + 1
         wait_gone(killed, min(0.5, max(0.0, deadline - time.monotonic())))
     survivors = [one for one in told if alive(one)]
     return Outcome([text for one, text in told.items() if one not in survivors], survivors)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put off what ends this process: between freezing and killing, it would leave the frozen behind."""
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _kill_round(

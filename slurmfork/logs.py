@@ -1,7 +1,7 @@
 """Logs: the files that a run's workers write, read as one stream of labelled lines.
 
-Reading only, by polling sizes (network file systems announce no changes) and in bounded pieces: no file is held
-open, none is read into memory whole. Nothing here prints, waits, or asks the head.
+Reading only, by polling sizes (network file systems announce no changes) and in bounded pieces: no file is
+held open, none is read into memory whole. Nothing here prints, waits, or asks the head.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Source:
 def sources(rundir: RunDir, role: str | None = None) -> list[Source]:
     """The logs that there are, by role and index; ``role`` leaves out the others."""
     try:
-        entries = os.listdir(rundir.logs)
+        entries = [entry.name for entry in os.scandir(rundir.logs)]
     except OSError:
         return []
     found = [
@@ -91,8 +91,8 @@ class Tail:
     def pieces(self, *, insist: bool = False) -> Iterator[bytes]:
         """What was appended since the last look, as far as the file reached when this look began.
 
-        ``insist`` opens the file whatever its size seems to be: opening is what makes a network file system ask
-        its server. A file that is not there has nothing to read yet; one that shrank is read from its start.
+        ``insist`` opens the file whatever its size seems to be: opening is what makes a network file system
+        ask its server. A file that is not there has nothing to read yet; one that shrank is read anew.
         """
         with contextlib.suppress(OSError):
             if self._offset is None:
@@ -115,7 +115,7 @@ class Tail:
 
 
 class Lines:
-    """One growing file as whole lines, without their ends; of a line that was drawn over, what was drawn last."""
+    """One growing file as lines, without their ends; of a line that was drawn over, what was drawn last."""
 
     def __init__(self, path: Path, last: int | None = None) -> None:
         self._tail = Tail(path, last)
@@ -123,7 +123,7 @@ class Lines:
         self._bar_shown = time.monotonic()
 
     def new(self, *, final: bool = False) -> Iterator[bytes]:
-        """The lines that were finished since the last look; with ``final`` also what is left of an unfinished one."""
+        """The lines finished since the last look; with ``final`` also what is left of an unfinished one."""
         for piece in self._tail.pieces(insist=final):
             *whole, rest = piece.split(b"\n")
             for line in whole:
@@ -154,7 +154,7 @@ def _visible(line: bytes) -> bytes:
 
 
 class Merged:
-    """The logs of a run, or of one of its roles, as lines with the worker that wrote them; new logs join in."""
+    """The logs of a run, or of one of its roles, as lines with who wrote them; new logs join in."""
 
     def __init__(self, rundir: RunDir, role: str | None = None, last: int | None = None) -> None:
         self._rundir = rundir

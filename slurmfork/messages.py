@@ -133,7 +133,7 @@ class PortsRequest(Strict, kw_only=True):
 class CancelRequest(Strict, kw_only=True):
     """POST /v1/cancel: end the run. ``reason`` is shown in its status."""
 
-    reason: Annotated[Text, Meta(max_length=500)] = ""
+    reason: Annotated[str, Meta(pattern=r"^[^\x00]*$", max_length=500)] = ""
 
 
 # --- API replies -------------------------------------------------------------------------------------------

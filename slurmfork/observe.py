@@ -69,7 +69,7 @@ class Observation:
 
     def needs_scheduler(self) -> bool:
         """Whether the scheduler's word may change anything: not once a run ended by its own doing."""
-        return self.end is None or self.end.reason.startswith(("cancelled from outside", "node ", "the agent"))
+        return self.end is None or self.end.outside
 
     def client(self) -> Client | None:
         """A client of the head, if there was one; it need not live."""
@@ -129,7 +129,7 @@ class Observation:
         status.state, status.reason, status.exit_status = end.state, end.reason, end.exit_status
         status.survivors, status.unverified, status.ended = end.survivors, end.unverified, end.ended
         status.source, status.age = "end", max(0.0, time.time() - end.ended)
-        if report and report.state in SLURM_KNOWS_BETTER and end.state is not RunState.COMPLETED:
+        if end.outside and report and report.state in SLURM_KNOWS_BETTER:
             status.state = report.state
             status.reason = f"Slurm ended the job: {report.word}"
 

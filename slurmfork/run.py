@@ -229,7 +229,7 @@ class Run:
         raise TimeoutError(f"run {self.run_id} is not {for_} after {timeout:g} s")
 
     def progress(self, deadline: float | None = None) -> Iterator[RunStatus]:
-        """The run's status whenever it changed (by events of the head) or may have (by the scheduler), to its end.
+        """The run's status whenever it changed (by the head's events) or may have (by the scheduler), to its end.
 
         ``deadline`` is a time of time.monotonic(); after it the iteration stops.
         """
@@ -245,8 +245,10 @@ class Run:
                 self._await_change(SCHEDULER_POLL, deadline)
 
     def _follow(self, status: RunStatus, deadline: float | None) -> Iterator[RunStatus]:
-        """What the head says after ``status``; returns when it is silent, so that the scheduler is asked again."""
-        patience = HEAD_PATIENCE if deadline is None else min(HEAD_PATIENCE, max(0.01, deadline - time.monotonic()))
+        """What the head says after ``status``; returns when it is silent: the scheduler is to be asked again."""
+        patience = HEAD_PATIENCE
+        if deadline is not None:
+            patience = min(patience, max(0.01, deadline - time.monotonic()))
         try:
             with self._head() as client:
                 for event in client.events(since=status.seq, timeout=patience):

@@ -58,6 +58,7 @@ class EndRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """``end.json``: how the run ended, in the words of its head; the last thing that it writes.
 
     ``survivors`` counts processes that could not be ended; ``unverified`` names nodes that could not be asked.
+    ``outside``: it was ended by a signal from outside, and the scheduler may know better why.
     """
 
     version: int = 1
@@ -67,6 +68,7 @@ class EndRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     survivors: int
     ended: float
     unverified: list[str] = []
+    outside: bool = False
 
 
 class RunDir:

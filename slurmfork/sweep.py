@@ -56,14 +56,17 @@ def sweep(
     """
     report = SweepReport()
     recorded = list(_recorded(rundir, node, report.notes))
+    # Whatever was found once: when its parent has ended nothing else may lead to it.
+    known = {one: None for one in recorded if owner(one.pid) == os.geteuid() and alive(one)}
     job_id = _job_id(rundir)
     protected = spare | ancestors(os.getpid()) | {os.getpid()}
 
     def find() -> Iterator[Identity]:
-        known = (one for one in recorded if alive(one) and owner(one.pid) == os.geteuid())
         seen: set[Identity] = set()
-        for source in (known, walk_tagged(run_id, node, job_id=job_id)):
-            yield from _with_descendants(source, seen, protected)
+        for source in (filter(alive, list(known)), walk_tagged(run_id, node, job_id=job_id)):
+            for one in _with_descendants(source, seen, protected):
+                known[one] = None
+                yield one
 
     outcome = end_all(find, grace=grace, bound=bound)
     report.killed = outcome.ended

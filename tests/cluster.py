@@ -117,8 +117,7 @@ def minicluster() -> Iterator[Factory]:
     def get(**shape: Any) -> MiniCluster:
         key = tuple(options(dict(sorted(shape.items()))))
         if key not in made:
-            made[key] = MiniCluster()
-            made[key].up(**shape)
+            made[key] = MiniCluster().up(**shape)
         return made[key]
 
     yield get

@@ -280,6 +280,23 @@ def test_none_escapes(yard: Yard, kind: str) -> None:
     assert yard.living() == []
 
 
+def test_no_signal_comes_between_freezing_and_killing(yard: Yard) -> None:
+    one = yard.start("ignores-term")
+    looks: list[None] = []
+
+    def find() -> Iterator[Identity]:
+        looks.append(None)
+        if process.alive(one):
+            yield one
+        if len(looks) == 2:  # the first was to ask, this one was to freeze
+            wait_until(lambda: process.describe(one).endswith("state T"), "it to be frozen")
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        killing.end_all(find, grace=0, bound=10)
+    assert killing.wait_gone([one], 10) == []
+
+
 def test_survivors_are_reported(yard: Yard) -> None:
     one = yard.start("ignores-term")
     outcome = end(yard, grace=0, bound=0)

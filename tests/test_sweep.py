@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -146,6 +145,16 @@ def test_a_daemon_without_a_tag_goes_with_its_parent(yard: Yard, rundir: RunDir)
     assert one not in process.tagged(yard.run_id)
     assert len(run(rundir).killed) >= 2
     assert not process.alive(one)
+
+
+def test_what_its_parent_took_out_of_sight_is_still_ended(yard: Yard, rundir: RunDir) -> None:
+    """The parent ends at SIGTERM; its child does not, has no tag, and is then anybody's orphan."""
+    command = argv("ignores-term", yard.directory, "ignores-term")
+    yard.run(["sh", "-c", 'env -i "$@" & wait', "sh", *command])
+    one = yard.await_one("ignores-term")
+    report = run(rundir)
+    assert not process.alive(one)
+    assert report.survivors == []
 
 
 # --- by the journal ----------------------------------------------------------------------------------------
@@ -343,15 +352,3 @@ def test_a_directory_of_no_run_is_refused_in_one_line(yard: Yard, rundir: RunDir
     done = call("--run-dir", str(rundir.path))
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-
-
-def test_sigterm_in_the_middle_leaves_nothing_frozen(yard: Yard, rundir: RunDir) -> None:
-    """Whoever ends the sweep itself meets a run that still goes, not one that sleeps for ever."""
-    one = yard.start("ignores-term")
-    command = [sys.executable, "-I", str(SCRIPT), "--run-dir", str(rundir.path), "--grace", "600"]
-    sweeper = yard.run(command, env={})
-    time.sleep(0.5)  # well into the grace; whenever it comes, what follows must hold
-    sweeper.send_signal(signal.SIGTERM)
-    sweeper.wait(PATIENCE)
-    assert process.describe(one).endswith("state S")
-    run(rundir)

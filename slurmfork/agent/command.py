@@ -1,6 +1,6 @@
-"""From a command as the spec has it to an argument list: placeholders filled, and a shell only where one is needed.
+"""From a command as the spec has it to an argument list: placeholders filled, a shell only where one is needed.
 
-What `ps` shows and signals reach should be the worker itself, so a string that needs no shell gets none. Runs nothing.
+What `ps` shows and signals reach should be the worker itself: a string that needs no shell gets none. Runs nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ _SHELL_TOKEN = re.compile(rf"\\.|['\"]|{_PLACEHOLDER.pattern}", re.DOTALL)
 
 # What bash itself understands as a first word, where a program of that name is not meant or may not exist.
 _BUILTINS = frozenset(
-    """. : [[ alias bg break builtin caller case cd command compgen complete continue coproc declare dirs disown do
-    enable eval exec exit export fc fg for function getopts hash help history if jobs let local logout mapfile popd
-    pushd read readarray readonly return select set shift shopt source suspend time times trap type typeset ulimit
-    umask unalias unset until wait while""".split()
+    (
+        ". : [[ alias bg break builtin caller case cd command compgen complete continue coproc declare dirs "
+        "disown do enable eval exec exit export fc fg for function getopts hash help history if jobs let local "
+        "logout mapfile popd pushd read readarray readonly return select set shift shopt source suspend time "
+        "times trap type typeset ulimit umask unalias unset until wait while"
+    ).split()
 )
 
 
@@ -61,12 +63,12 @@ def fill_shell(text: str, values: Mapping[str, str]) -> str:
         if found.startswith("\\") and quote == "'":
             quote = "" if found == "\\'" else quote  # within single quotes a backslash is a backslash
             return found
-        return found if found.startswith("\\") else _value(match, values, quote, shell=True)
+        return found if found.startswith("\\") else _value(match, values, quote, quoting=True)
 
     return _SHELL_TOKEN.sub(one, text)
 
 
-def _value(match: re.Match[str], values: Mapping[str, str], quote: str, *, shell: bool = False) -> str:
+def _value(match: re.Match[str], values: Mapping[str, str], quote: str, *, quoting: bool = False) -> str:
     if literal := match["literal"]:
         return "{" + literal + "}"
     name = match["name"]
@@ -74,7 +76,7 @@ def _value(match: re.Match[str], values: Mapping[str, str], quote: str, *, shell
         return match[0]
     if name not in values:
         raise BadCommand(f"the command has {{{name}}}, but the role reserves no ports: give it `ports: 1`")
-    return _quoted(values[name], quote) if shell else values[name]
+    return _quoted(values[name], quote) if quoting else values[name]
 
 
 def _quoted(value: str, quote: str) -> str:
@@ -105,7 +107,7 @@ def _of_text(text: str, environment: Mapping[str, str]) -> list[str]:
 
 
 def _kind(text: str) -> str:
-    """``plain`` (words and quotes), ``expanding`` (one command that the shell must expand), or ``compound``."""
+    """``plain`` (words and quotes), ``expanding`` (one command, for the shell to expand), or ``compound``."""
     quote, kind, position = "", "plain", 0
     while position < len(text):
         char = text[position]

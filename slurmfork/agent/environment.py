@@ -15,8 +15,8 @@ from slurmfork.messages import Device, Order
 
 NOTIFY_SOCKET = "NOTIFY_SOCKET"
 
-# A worker is no task of the step that started the agent: whoever believed so (Lightning, JAX, an MPI library that
-# would call back to srun) would take every worker for rank 0 of one task a node. What tells of the job stays.
+# A worker is no task of the step that started the agent: whoever believed so (Lightning, JAX, an MPI library
+# that would call back to srun) would take each for rank 0 of one task a node. What tells of the job stays.
 _TASK = re.compile(
     r"""SLURM_(?:PROCID|LOCALID|GTIDS|TASK_PID|NTASKS|NPROCS|NTASKS_PER_\w+|TASKS_PER_NODE|STEPID|STEP_ID
         |STEP_(?:NUM_\w+|TASKS_PER_NODE|NODELIST|LAUNCHER_\w+)|LAUNCH_NODE_IPADDR|SRUN_COMM_\w+|MPI_TYPE
@@ -79,7 +79,7 @@ def of_worker(
     node: Node, order: Order, *, base: Mapping[str, str], ports: Sequence[int], socket: Path, scratch: Path,
     notify: Path | None,
 ) -> dict[str, str]:  # fmt: skip
-    """The whole environment of one worker. ``base`` is what ``inherited`` made; later words win over earlier ones."""
+    """The whole environment of one worker; later words win. ``base`` is what ``inherited`` made."""
     role, _, index = order.worker.partition("/")
     found = {**base, "TMPDIR": str(scratch), **order.env}
     if "OMP_NUM_THREADS" not in found and _several(order.env.get("LOCAL_WORLD_SIZE", "")):

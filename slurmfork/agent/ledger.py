@@ -1,4 +1,4 @@
-"""The agent's side of the journal: a thread of its own writes it, in order, so that no slow disk holds up the node."""
+"""The agent's side of the journal: one thread writes it, in order, so that no slow disk holds up the node."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Ledger:
         self._journal = Journal(path)
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._finished = asyncio.Event()
         # A daemon: a disk that never answers must not keep the agent from ending.
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
@@ -45,9 +46,8 @@ class Ledger:
     async def close(self, timeout: float) -> None:
         """Write what is still to be written, for ``timeout`` seconds at most."""
         self._queue.put(None)
-        deadline = self._loop.time() + timeout
-        while self._thread.is_alive() and self._loop.time() < deadline:
-            await asyncio.sleep(0.002)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._finished.wait(), timeout)
 
     def _work(self) -> None:
         while (entry := self._queue.get()) is not None:
@@ -59,6 +59,8 @@ class Ledger:
             else:
                 self._tell(done, None)
         self._journal.close()
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._finished.set)
 
     def _tell(self, done: asyncio.Future[None] | None, error: OSError | None) -> None:
         if done is None:

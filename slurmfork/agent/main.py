@@ -1,7 +1,7 @@
 """The agent: joins the head, does what it is told, and sees to it that nothing is left when it goes.
 
-``main`` is called by the guardian, in the process that it forked. Everything happens in one thread's event loop;
-only the journal's disk and slow imports have threads of their own, and none of those starts a process.
+``main`` is called by the guardian, in the process that it forked. Everything happens in the event
+loop of one thread; the journal's disk and slow imports have threads of their own, which start no process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import resource
-import signal
 import socket
 import sys
 import time
@@ -21,17 +20,18 @@ from typing import Any
 import msgspec
 
 from slurmfork import credentials, prctl
+from slurmfork.agent import alarms
 from slurmfork.agent import node as nodes
 from slurmfork.agent.environment import inherited
 from slurmfork.agent.ledger import Ledger
 from slurmfork.agent.node import Node
+from slurmfork.agent.outfit import Site
 from slurmfork.agent.ports import Ports
 from slurmfork.agent.scratch import Scratch, remove
 from slurmfork.agent.server import Server
 from slurmfork.agent.supervisor import Supervisor
 from slurmfork.agent.tree import Trees
 from slurmfork.agent.uplink import Uplink
-from slurmfork.agent.worker import Site
 from slurmfork.errors import Refused, SlurmforkError
 from slurmfork.messages import (
     ApiAnswer,
@@ -56,9 +56,6 @@ HEADS_TURN_S = 0.5  # the head, told of a signal, sends the end to all nodes: th
 KILL_MARGIN_S = 1.0
 LEAST_BUDGET_S = 2.0
 FILES = 65_536
-
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Agent:
@@ -108,8 +105,8 @@ class Agent:
 
     async def run(self) -> int:
         """From the first word with the head to the last."""
-        self._listen_to_signals()
-        self._watch_guardian()
+        alarms.listen(self._told, pass_on=self._supervisor.pass_on, reap=self._supervisor.reap)
+        alarms.watch_guardian(self._guardian_pid, self._told)
         self._server.open()
         self._begin(self._stay_joined())
         status = await self._over
@@ -204,36 +201,6 @@ class Agent:
 
     # --- the end
 
-    def _listen_to_signals(self) -> None:
-        self._loop.add_signal_handler(signal.SIGCHLD, self._supervisor.reap)
-        for number in ENDING_SIGNALS:
-            self._loop.add_signal_handler(number, self._signalled, number)
-        for number in PASSED_ON:
-            self._loop.add_signal_handler(number, self._supervisor.pass_on, number)
-
-    def _signalled(self, number: signal.Signals) -> None:
-        self._told(f"{number.name} (scancel, a time limit, or somebody's kill)", 128 + number)
-
-    def _watch_guardian(self) -> None:
-        """Its death is ours to notice: nobody else would clean up after us then."""
-
-        def gone() -> None:
-            self._loop.remove_reader(descriptor)
-            os.close(descriptor)
-            self._told("the guardian of this node was killed", 1)
-
-        try:
-            descriptor = os.pidfd_open(self._guardian_pid)
-        except ProcessLookupError:
-            self._told("the guardian of this node was killed", 1)
-            return
-        except (OSError, AttributeError):  # a kernel before 5.3
-            prctl.signal_at_parents_death(signal.SIGTERM)
-            return
-        self._loop.add_reader(descriptor, gone)
-        if os.getppid() != self._guardian_pid:
-            gone()
-
     def _told(self, reason: str, status: int) -> None:
         """Told to end, not by the head. A second time means no more than the first."""
         if self._told_at is not None:
@@ -308,7 +275,7 @@ def _raise_file_limit() -> None:
 
 
 def main(guardian_pid: int) -> int:
-    """Be the agent; returns the exit status. Whatever happens it returns, or dies: the guardian does the rest."""
+    """Be the agent; returns the exit status. If it dies instead, the guardian does the rest."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )

@@ -1,4 +1,4 @@
-"""The node: what an agent learns from its own environment and /proc about where it is and what it was granted.
+"""The node: what an agent learns from its environment and /proc about where it is and what it was granted.
 
 Read once, at the agent's start; starts nothing and asks nobody.
 """
@@ -65,7 +65,7 @@ def here(environment: Mapping[str, str]) -> Node:
         heads=_addresses(environment.get(names.HEAD, "")),
         devices=devices,
         environment=environment,
-        cpus=len(os.sched_getaffinity(0)),
+        cpus=_cpus(environment),
         amd=amd,
         guarantee=_guarantee(_cgroups()),
         kill_wait=_kill_wait(environment),
@@ -81,6 +81,12 @@ def granted_devices(environment: Mapping[str, str], *, amd: bool = False) -> tup
     if words[0].lower() in _NO_DEVICE:
         return ()
     return tuple(int(word) if word.isascii() and word.isdigit() else word for word in words if word)
+
+
+def _cpus(environment: Mapping[str, str]) -> int:
+    """CPUs granted here: Slurm's count, which holds where it binds nobody too, else those that we may run on."""
+    count = environment.get("SLURM_CPUS_ON_NODE", "")
+    return int(count) if count.isdigit() and int(count) > 0 else len(os.sched_getaffinity(0))
 
 
 def _is_amd(environment: Mapping[str, str]) -> bool:
@@ -120,7 +126,7 @@ def _cgroups() -> str:
 
 
 def _guarantee(cgroups: str) -> Literal["cgroup", "rings"]:
-    """Whether Slurm tracks this step by cgroup: on v2 the one there is, on v1 the freezer, which is what it kills by."""
+    """Whether Slurm tracks this step by cgroup: on v2 the one there is, on v1 the freezer, by which it kills."""
     for line in cgroups.splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

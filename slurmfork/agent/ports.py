@@ -19,7 +19,7 @@ _ENOUGH = 1_000
 
 
 def port_range() -> range:
-    """The ports to choose from: none that the kernel gives to outgoing connections, if there are enough others."""
+    """The ports to choose from: none that the kernel gives to outgoing connections, if others are enough."""
     try:
         low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     except (OSError, ValueError):
@@ -38,7 +38,7 @@ class Ports:
         self._owned: dict[str, list[int]] = {}
 
     def reserve(self, owner: str, count: int) -> list[int]:
-        """Reserve ``count`` more ports for ``owner``; raises Refused, with nothing reserved, if there are not enough."""
+        """Reserve ``count`` more ports for ``owner``; raises Refused, with none reserved, if they do not do."""
         found: list[int] = []
         start = random.randrange(len(self._choices))  # noqa: S311 (to spread, not to hide)
         for offset in range(len(self._choices)):
@@ -88,7 +88,7 @@ class Ports:
 
 
 def _lock(descriptor: int, path: Path) -> bool:
-    """Lock the file, and see that it is still the one of that name: whoever tidies /tmp may have removed it."""
+    """Lock the file, and see that it is still the one of that name: who tidies /tmp may have removed it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))

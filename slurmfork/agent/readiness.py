@@ -1,4 +1,4 @@
-"""When a worker is ready: it says so on its notify socket, or its port answers. Judges nothing else about it."""
+"""When a worker is ready: it says so on its notify socket, or its port answers. Judges nothing else of it."""
 
 from __future__ import annotations
 

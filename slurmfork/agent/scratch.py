@@ -1,6 +1,6 @@
 """The node-local directory of an agent: sockets, and a scratch directory per worker. Removed at the end.
 
-Under /tmp, where anybody may have put anything before: only real directories of this user, closed to others, are used.
+Under /tmp, where anybody may have put anything before: only real directories of this user are used, 0700.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _hash(text: str) -> str:
 
 
 def private_directory(path: Path) -> Path:
-    """Make a directory 0700, or take one that is already so; raises RunDirError for anything else of that name."""
+    """Make a directory 0700, or take one of this user; raises RunDirError for anything else of that name."""
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     facts = path.lstat()
@@ -74,7 +74,7 @@ class Scratch:
         return self._notify / _short(name)
 
     def set_aside(self, name: str) -> Path | None:
-        """Free a worker's name at once; returns what it left, to be removed in a thread. None: it left nothing."""
+        """Free a worker's name at once; returns what it left, for a thread to remove. None: it left nothing."""
         here = self._workers / _short(name)
         try:
             here.rmdir()

@@ -1,7 +1,7 @@
 """Stopping: a worker's process is asked to end, then what it left is, then all is killed that is still there.
 
-It does not know what a worker is: ``look`` says who is meant. Returns the moment that nobody is left, and never
-later than its bounds; what would not die is described.
+It does not know what a worker is: ``look`` says who is meant. It is over the moment that nobody is left, and
+never later than its bounds; what would not die is described.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ class Watch:
 
 
 class Stopping:
-    """One stop. ``look(newer_than)`` lists who is left, by a look not older than that time of the event loop.
+    """One stop. ``look(newer_than)`` lists who is left, not earlier than at that time of the event loop.
 
-    ``leader`` alone is asked first: what it started is its own to end, or to use for a last checkpoint. When it is
-    gone, the rest is asked; at the end of the grace all that is left is killed.
+    ``leader`` alone is asked first: what it started is its own to end, or to use for a last checkpoint. When it
+    is gone, the rest is asked; at the end of the grace all that is left is killed.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Stopping:
             self._watch.close()
 
     def _left(self) -> list[Identity]:
-        """Who is left, by a look that is newer than the last exit; at the end of the grace, newer than that."""
+        """Who is left, by a look that is newer than the last exit, and than the end of the grace."""
         past = self._loop.time() >= self._deadline
         newer_than = max(self._watch.last_end, self._deadline) if past else self._watch.last_end
         return self._look(newer_than)

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from slurmfork import journal, process
+from slurmfork.agent.lastwords import signal_number
+from slurmfork.agent.outfit import Site
 from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.stopping import KILL_BOUND_S, Stopping
-from slurmfork.agent.worker import Site, Worker, signal_number
+from slurmfork.agent.worker import Worker
 from slurmfork.errors import Refused
 from slurmfork.messages import (
     EndReport,

@@ -1,7 +1,7 @@
 """Whose is a process? The trees of this node's workers, orphans that fell to the agent included.
 
-Reads /proc, owns nothing but memory of what it saw, signals nobody. An orphan belongs to the worker whose tree it
-was seen in, whose session it is in, whose tag it carries, or whose log it writes.
+Reads /proc, remembers what it saw, signals nobody. An orphan belongs to the worker in whose tree it was seen, in
+whose session it is, whose tag it carries, or whose log it writes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Trees:
         self._logs[log] = worker
 
     def reaped(self, pid: int) -> str | None:
-        """The PID of a leader is free again; whose it was. Its session's number stays taken while anybody is in it."""
+        """A leader's PID is free again; whose it was. Its session's number is not, while anybody is in it."""
         return self._leaders.pop(pid, None)
 
     def leave(self, worker: str) -> None:

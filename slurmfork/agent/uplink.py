@@ -54,7 +54,7 @@ class Uplink:
         return self._link is not None and not self._link.closed
 
     async def connect(self, patience: float) -> Welcome:
-        """Join the head, trying for ``patience`` seconds; raises Unreachable, or Refused if it does not want us."""
+        """Join the head, trying for ``patience`` seconds; raises Unreachable, or Refused if it says no."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience
         pause, tries = _FIRST_PAUSE_S, 0
@@ -117,7 +117,7 @@ class Uplink:
 
 
 def _notice_silence(raw: socket.socket) -> None:
-    """A head whose machine is gone sends nothing any more: have the kernel find out in some seconds, not in hours."""
+    """A head whose machine is gone sends nothing any more: let the kernel find out in seconds, not hours."""
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S // 2)

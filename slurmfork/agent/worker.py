@@ -1,6 +1,6 @@
-"""One worker: its process, its readiness, its restarts and its end. Always in exactly one of the states of ``names``.
+"""One worker: its process, its readiness, its restarts and its end; always in exactly one state.
 
-Told from outside what to do (``prepare``, ``launch``, ``stop``) and what happened (``exited``); it tells every change.
+Told from outside what to do (``prepare``, ``launch``, ``stop``) and what happened (``exited``); tells each change.
 """
 
 from __future__ import annotations
@@ -9,23 +9,16 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from slurmfork import journal
-from slurmfork.agent import environment, readiness
-from slurmfork.agent.command import BadCommand, arguments
-from slurmfork.agent.ledger import Ledger
-from slurmfork.agent.node import Node
-from slurmfork.agent.ports import Ports
-from slurmfork.agent.scratch import Scratch, remove
+from slurmfork.agent import readiness
+from slurmfork.agent.lastwords import caught, in_words, signal_number, tail
+from slurmfork.agent.outfit import Outfit, Site, outfit
+from slurmfork.agent.scratch import remove
 from slurmfork.agent.spawn import StartFailed, open_log, spawn
 from slurmfork.agent.stopping import KILL_BOUND_S, Outcome, Stopping
-from slurmfork.agent.tree import Trees
-from slurmfork.errors import Refused, RunDirError
 from slurmfork.messages import Order, StopResult, WorkerView
 from slurmfork.names import LIVE_STATES, UP_STATES, WorkerState
 from slurmfork.process import Identity, send
@@ -33,30 +26,8 @@ from slurmfork.process import Identity, send
 log = logging.getLogger(__name__)
 
 LONGEST_BACKOFF_S = 60.0
-TAIL_LINES = 20
-TAIL_BYTES = 4096
 REAP_TIMEOUT_S = 1.0
 STATUS_INTERVAL_S = 0.25
-
-
-@dataclass
-class Site:
-    """What all workers of a node share.
-
-    ``tell`` sends a view to the head, ``reap`` has those hear of it whose processes have ended, ``address`` is the
-    node's own. ``closing``: nothing is started any more.
-    """
-
-    node: Node
-    base: Mapping[str, str]
-    trees: Trees
-    ledger: Ledger
-    ports: Ports
-    scratch: Scratch
-    tell: Callable[[WorkerView], None]
-    reap: Callable[[], None]
-    address: str = ""
-    closing: bool = False
 
 
 class Worker:
@@ -80,10 +51,8 @@ class Worker:
         self._stopped = False
         self._starts = 0
         self._start_id = ""
-        self._argv: list[str] = []
-        self._environment: dict[str, str] = {}
+        self._outfit: Outfit | None = None
         self._log_begin = 0
-        self._notify: readiness.Notify | None = None
         self._leader: Identity | None = None
         self._reaped = asyncio.Event()
         self._unwanted = asyncio.Event()
@@ -115,44 +84,10 @@ class Worker:
     # --- start
 
     def prepare(self) -> None:
-        """Lay out all that a start needs and the node can refuse; raises StartFailed. ``discard`` undoes it."""
-        site, order = self._site, self.order
-        try:
-            self.view.gpus = environment.slice_of(site.node.devices, order.devices)
-            if order.ports:
-                self.view.ports = site.ports.reserve(order.worker, order.ports)
-            signal_number(order.stop.signal)
-            if order.ready and order.ready.notify:
-                self._notify = readiness.Notify(site.scratch.notify(order.worker), self._said)
-            self._environment = environment.of_worker(
-                site.node,
-                order,
-                base=site.base,
-                ports=self.view.ports,
-                socket=site.scratch.socket,
-                scratch=site.scratch.worker(order.worker),
-                notify=self._notify.path if self._notify else None,
-            )
-            self._argv = arguments(order.command, self._values(), self._environment)
-        except (ValueError, BadCommand, Refused, RunDirError) as error:
-            raise StartFailed(str(error)) from None
-        except OSError as error:
-            raise StartFailed(f"{error.filename}: {error.strerror}") from None
+        """Lay out all that a start needs; raises StartFailed. ``discard`` undoes it."""
+        self._outfit = outfit(self.order, self._site, self._said)
+        self.view.gpus, self.view.ports = list(self._outfit.gpus), list(self._outfit.ports)
         self._next_start()
-
-    def _values(self) -> dict[str, str]:
-        """What the placeholders of the command stand for."""
-        ports = [str(port) for port in self.view.ports]
-        return {
-            "index": str(self.view.index),
-            "rank": str(self.order.rank),
-            "role": self.view.role,
-            "worker": self.name,
-            "node": self._site.node.name,
-            "run_id": self._site.node.run_id,
-            "run_dir": str(self._site.node.rundir.path),
-            **({"port": ports[0], "ports": ",".join(ports)} if ports else {}),
-        }
 
     def _next_start(self) -> None:
         self._starts += 1
@@ -160,11 +95,13 @@ class Worker:
 
     def intent(self) -> journal.Intent:
         """What the journal says before a start."""
-        return journal.Intent(start_id=self._start_id, worker=self.name, argv=self._argv)
+        assert self._outfit is not None
+        return journal.Intent(start_id=self._start_id, worker=self.name, argv=self._outfit.argv)
 
     def started(self) -> journal.Started:
         """What the journal says after it."""
         assert self._leader is not None
+        assert self._outfit is not None
         pid, start_time, boot_id = self._leader
         return journal.Started(
             start_id=self._start_id,
@@ -173,29 +110,33 @@ class Worker:
             start_time=start_time,
             boot_id=boot_id,
             uid=os.geteuid(),
-            argv=self._argv,
+            argv=self._outfit.argv,
         )
 
     def launch(self) -> None:
         """Start the process; raises StartFailed."""
         if not self._wanted or self._site.closing:
             raise StartFailed("stopped before it was started")
+        assert self._outfit is not None
         self._reaped.clear()
         descriptor = open_log(Path(self.view.log or ""))
         try:
             self._log_begin = os.fstat(descriptor).st_size
-            if self._notify:
-                self._notify.forget()
-            self._leader = spawn(
-                self._argv, cwd=self.order.cwd, environment=self._environment, log=descriptor
-            )
+            if self._outfit.notify:
+                self._outfit.notify.forget()
+            argv, variables = self._outfit.argv, self._outfit.environment
+            self._leader = spawn(argv, cwd=self.order.cwd, environment=variables, log=descriptor)
         finally:
             os.close(descriptor)
-        self._site.trees.enter(self.name, self._leader, self.view.log or "")
-        self.view.pid, self.view.started = self._leader.pid, time.time()
+        self._begun(self._leader)
+
+    def _begun(self, leader: Identity) -> None:
+        """It has a process: settle what it is now."""
+        self._site.trees.enter(self.name, leader, self.view.log or "")
+        self.view.pid, self.view.started = leader.pid, time.time()
         self.view.ready = self.view.ended = self.view.exit_status = None
         self.view.log_tail = ""
-        log.info("%s started: pid %d", self.name, self._leader.pid)
+        log.info("%s started: pid %d", self.name, leader.pid)
         if self.order.ready is None:
             self._become(WorkerState.RUNNING)
         else:
@@ -204,16 +145,23 @@ class Worker:
 
     async def _await_ready(self) -> None:
         assert self.order.ready is not None
+        assert self._outfit is not None
         try:
             await readiness.until_ready(
                 self.order.ready,
-                notify=self._notify,
+                notify=self._outfit.notify,
                 port=self.view.ports[0] if self.view.ports else None,
                 hosts=readiness.probe_hosts(self._site.address),
             )
         except readiness.NotReady as error:
             self._checking = None
             self._fall(str(error))
+        except (
+            Exception
+        ) as error:  # a fault in the check must not leave the worker hanging between two states
+            log.exception("%s: the readiness check failed", self.name)
+            self._checking = None
+            self._fall(f"the readiness check failed: {error}")
         else:
             self._checking = None
             self.view.ready = time.time()
@@ -252,22 +200,22 @@ class Worker:
                 exit_status=self.view.exit_status,
             )
         )
-        log.info("%s ended: %s", self.name, _in_words(code))
+        log.info("%s ended: %s", self.name, in_words(code))
         self._leader = None
         self._reaped.set()
-        if self._winding_up is None:
-            self._fall(_in_words(code), well=code == 0)
-        elif not self._stopped:
+        if self._winding_up is None and self.view.state in LIVE_STATES:
+            self._fall(in_words(code), well=code == 0)
+        elif self._stopping is None or not self._stopped:
             self._site.tell(self.view)  # its state was settled before, its exit status was not known
 
     def _fall(self, reason: str, *, well: bool = False) -> None:
-        """It ended, or is not what it should be: settle what is to become of it, say so, clean up behind it."""
+        """It ended, or is not what it should be: settle what becomes of it, say so, clean up behind it."""
         if well and self.view.state is WorkerState.STARTING:
             well, reason = False, "exited with 0 before it was ready"
         self._stop_checking()
         pause = self._pause_before_restart(well=well)
         if not well:
-            self.view.log_tail = _tail(self.view.log, self._log_begin)
+            self.view.log_tail = tail(self.view.log, self._log_begin)
         self._begin_winding_up(pause)
         if pause is not None:
             count = f"restart {self.view.restarts + 1} of {self.order.restart.max} in {pause:g} s"
@@ -296,7 +244,7 @@ class Worker:
         self._winding_up.add_done_callback(_log_fault)
 
     async def _wind_up(self, pause: float | None, grace: float | None) -> None:
-        """Stop what there is of it; then start it again after ``pause`` seconds, or let go of all that it held."""
+        """Stop what there is of it; then start it again after ``pause`` seconds, or let go of what it held."""
         again = self._loop.time() + (pause or 0.0)
         stop = self.order.stop
         self._stopping = Stopping(
@@ -310,6 +258,8 @@ class Worker:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._reaped.wait(), REAP_TIMEOUT_S)
         self._stopping = None
+        if not self._outcome.survivors:
+            self._site.trees.leave(self.name)
         if pause is not None and not self._outcome.survivors and await self._relaunch(again):
             return
         self._let_go()
@@ -341,22 +291,22 @@ class Worker:
         return True
 
     def _let_go(self) -> None:
-        """Nothing of it runs any more: its ports, its scratch and its socket are free."""
+        """Nothing of it runs any more: its ports, scratch and socket are free. Survivors keep theirs."""
+        survivors = self._outcome.survivors
         if self._stopped or self.view.state is WorkerState.RESTARTING:
-            killed = " (killed: it outlived its grace)" if self._outcome.killed else ""
-            self._become(WorkerState.STOPPED, f"stopped{killed}")
-        if self._outcome.survivors:
-            log.error("%s would not die: %s", self.name, "; ".join(self._outcome.survivors))
+            how = " (killed: it outlived its grace)" if self._outcome.killed and not survivors else ""
+            self._become(WorkerState.STOPPED, f"stopped{how}")
+        if survivors:
+            self._become(self.view.state, f"would not die: {'; '.join(survivors)}")
         else:
-            self._site.trees.leave(self.name)
             self.discard()
         self._winding_up = None
 
     def discard(self) -> None:
         """Give back what ``prepare`` took."""
         self._site.ports.release(self.name)
-        if self._notify:
-            self._notify.close()
+        if self._outfit and self._outfit.notify:
+            self._outfit.notify.close()
         if left := self._site.scratch.set_aside(self.name):
             self._loop.run_in_executor(None, remove, left)
 
@@ -391,7 +341,7 @@ class Worker:
 
     def catches(self, signum: int) -> bool:
         """Whether its process has a handler for this signal."""
-        return self._leader is not None and bool(_caught(self._leader.pid) >> (signum - 1) & 1)
+        return self._leader is not None and bool(caught(self._leader.pid) >> (signum - 1) & 1)
 
     def never_started(self, state: WorkerState, reason: str) -> WorkerView:
         """Its start was taken back; returns how that is to be told."""
@@ -403,51 +353,3 @@ class Worker:
 def _log_fault(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
         log.error("a worker could not be wound up", exc_info=error)
-
-
-def signal_number(name: str) -> int:
-    """The number of TERM, USR1, RTMIN+2 ...; raises ValueError."""
-    base, _, offset = name.partition("+")
-    number = getattr(signal, f"SIG{base}", None)
-    if not isinstance(number, signal.Signals) or (offset and not offset.isdigit()):
-        raise ValueError(f"there is no signal {name}")
-    value = int(number) + int(offset or 0)
-    if value not in signal.valid_signals():
-        raise ValueError(f"there is no signal {name}")
-    return value
-
-
-def _caught(pid: int) -> int:
-    """The signals that a process has handlers for, as bits."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return int(line.split()[1], 16)
-    return 0
-
-
-def _in_words(code: int) -> str:
-    if code >= 0:
-        return f"exited with {code}" + {126: " (not executable?)", 127: " (command not found?)"}.get(code, "")
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
-
-
-def _tail(path: str | None, begin: int) -> str:
-    """The end of what a log holds from ``begin`` on: some lines, some bytes, whichever is less."""
-    try:
-        descriptor = os.open(path or "", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    try:
-        end = os.fstat(descriptor).st_size
-        start = max(begin if begin < end else 0, end - TAIL_BYTES) if end else 0
-        data = os.pread(descriptor, TAIL_BYTES, start)
-    except OSError:
-        return ""
-    finally:
-        os.close(descriptor)
-    return "\n".join(data.decode(errors="replace").splitlines()[-TAIL_LINES:])

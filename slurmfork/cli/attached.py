@@ -60,7 +60,7 @@ def name_line(run: Run) -> str:
 
 
 class _Ear:
-    """Hears the signals that end this command. Until it may raise, it remembers: a submission is not cut in two."""
+    """Hears the signals that end this command; until the submission is made it only remembers them."""
 
     def __init__(self) -> None:
         self._heard: int | None = None
@@ -81,7 +81,7 @@ class _Ear:
 def _ear() -> Iterator[_Ear]:
     ear = _Ear()
     before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (int(signal.SIGINT), int(signal.SIGTERM), int(signal.SIGHUP)):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: stays ignored
             before[number] = signal.signal(number, ear.hear)
     try:
@@ -143,10 +143,12 @@ def _cancel(run: Run, screen: _Screen) -> None:
     except Told:
         worker.join(max(0.0, begun + ASKING - time.monotonic()))
         output.complain(
-            f"not waiting; the cancel goes on, `slurmfork cancel {run.run_id}` makes sure that it comes to its end"
+            f"not waiting; the cancel goes on, `slurmfork cancel {run.run_id}` waits until it is done"
         )
         return
-    output.complain(_outcome(run, outcome[0]) if outcome else f"the cancel of {run.run_id} broke off; repeat it")
+    output.complain(
+        _outcome(run, outcome[0]) if outcome else f"the cancel of {run.run_id} broke off; repeat it"
+    )
 
 
 def _outcome(run: Run, outcome: CancelReply | SlurmforkError) -> str:

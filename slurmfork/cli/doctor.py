@@ -6,6 +6,7 @@ Changes nothing but for one small file that it writes under the root and removes
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from slurmfork import backends, prctl, rundir
+from slurmfork import backends, rundir
 from slurmfork.backends.base import Check
 from slurmfork.cli import output
 from slurmfork.cli.options import verb
@@ -36,6 +37,7 @@ PACKAGES = {  # as in setup.cfg; a test compares them
     "pyyaml": "6.0",
     "rich": "13",
 }
+_PR_GET_CHILD_SUBREAPER = 37
 LEAST_SPACE = 1 << 30
 CLOCK_TOLERANCE = 2.0
 LEAST_FILES = 1024
@@ -45,7 +47,9 @@ LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "overlay
 
 
 @verb("doctor", prints_data=True, examples=["slurmfork doctor", "slurmfork doctor --backend slurm --json"])
-@click.option("--backend", "-b", type=click.Choice(["local", "slurm"]), help="What must work; default: what is here.")
+@click.option(
+    "--backend", "-b", type=click.Choice(["local", "slurm"]), help="What must work; default: what is here."
+)
 def doctor(backend: str | None, root: str | None, as_json: bool) -> int:
     """Check Python, the shared directory, the clock, process limits and Slurm here; says what to do.
 
@@ -75,7 +79,9 @@ def _place(root: Path) -> list[Check]:
 
 def _python() -> Check:
     ok = sys.version_info >= (3, 10)
-    detail = f"{sys.version.split()[0]} at {sys.executable}" + ("" if ok else "; slurmfork needs 3.10 or later")
+    detail = f"{sys.version.split()[0]} at {sys.executable}" + (
+        "" if ok else "; slurmfork needs 3.10 or later"
+    )
     return Check(name="python", ok=ok, detail=detail)
 
 
@@ -110,14 +116,15 @@ def _containment() -> Check:
 
 
 def _subreaper() -> None:
-    before = prctl.get_subreaper()
-    prctl.set_subreaper(before)
+    answer = ctypes.c_int()  # asking, not setting: this process is to stay as it is
+    if ctypes.CDLL(None).prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(answer), 0, 0, 0) != 0:
+        raise OSError
 
 
 def _pidfd() -> None:
     descriptor = os.pidfd_open(os.getpid())
     try:
-        signal.pidfd_send_signal(descriptor, signal.Signals(0))
+        signal.pidfd_send_signal(descriptor, 0)
     finally:
         os.close(descriptor)
 
@@ -137,7 +144,9 @@ def _scratch() -> Check:
         seen = path.lstat()
     except FileNotFoundError:
         ok = os.access("/tmp", os.W_OK | os.X_OK)
-        return Check(name="scratch", ok=ok, detail=f"{path} can be made" if ok else "/tmp cannot be written to")
+        return Check(
+            name="scratch", ok=ok, detail=f"{path} can be made" if ok else "/tmp cannot be written to"
+        )
     if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid() or seen.st_mode & 0o077:
         detail = f"{path} is not a private directory of yours: remove it, or ask who made it"
         return Check(name="scratch", ok=False, detail=detail)
@@ -146,11 +155,16 @@ def _scratch() -> Check:
 
 def _limits() -> Check:
     found = []
-    for name, which, least in (("files", resource.RLIMIT_NOFILE, LEAST_FILES), ("processes", resource.RLIMIT_NPROC, LEAST_PROCESSES)):
+    for name, which, least in (
+        ("files", resource.RLIMIT_NOFILE, LEAST_FILES),
+        ("processes", resource.RLIMIT_NPROC, LEAST_PROCESSES),
+    ):
         soft, _ = resource.getrlimit(which)
         if soft != resource.RLIM_INFINITY and soft < least:
             found.append(f"only {soft} {name} (ulimit -{'n' if name == 'files' else 'u'} {least})")
-    return Check(name="limits", ok=not found, detail="; ".join(found) or "open files and processes are enough")
+    return Check(
+        name="limits", ok=not found, detail="; ".join(found) or "open files and processes are enough"
+    )
 
 
 def _ssh() -> Check:
@@ -172,13 +186,15 @@ def _root(root: Path, nearest: Path) -> Check:
         rundir.replace_file(probe, b"")
         probe.unlink()
     except OSError as error:
-        detail = f"cannot write in {nearest}: {error.strerror}; choose a shared directory with --root or SLURMFORK_ROOT"
+        detail = f"cannot write in {nearest}: {error.strerror}; choose another with --root or SLURMFORK_ROOT"
         return Check(name="root", ok=False, detail=detail)
     if nearest != root:
         return Check(name="root", ok=True, detail=f"{root} will be made by the first run")
     mode = root.stat().st_mode & 0o777
     if root.stat().st_uid != os.geteuid() or mode & 0o022:
-        detail = f"{root} can be written by others (mode {mode:o}): chmod go-w it, or choose another with --root"
+        detail = (
+            f"{root} can be written by others (mode {mode:o}): chmod go-w it, or choose another with --root"
+        )
         return Check(name="root", ok=False, detail=detail)
     return Check(name="root", ok=True, detail=f"{root} can be written, by you alone")
 
@@ -195,7 +211,9 @@ def _file_system(nearest: Path) -> Check:
     kind = _kind_of_file_system(nearest)
     here = shutil.which("sbatch") is not None
     if kind in MEMORY_FILE_SYSTEMS and here:
-        detail = f"{kind}: compute nodes do not see it; choose a shared directory with --root or SLURMFORK_ROOT"
+        detail = (
+            f"{kind}: compute nodes do not see it; choose a shared directory with --root or SLURMFORK_ROOT"
+        )
         return Check(name="file system", ok=False, detail=detail)
     detail = kind or "unknown"
     if kind in LOCAL_FILE_SYSTEMS and here:
@@ -229,7 +247,9 @@ def _clock(nearest: Path) -> Check:
         return Check(name="clock", ok=False, detail=f"cannot compare clocks in {nearest}: {error.strerror}")
     off = max(before - theirs, theirs - after, 0.0)
     ok = off <= CLOCK_TOLERANCE
-    detail = "agrees with the file system's" if ok else f"{off:.0f} s off the file system's: have NTP looked at"
+    detail = (
+        "agrees with the file system's" if ok else f"{off:.0f} s off the file system's: have NTP looked at"
+    )
     return Check(name="clock", ok=ok, detail=detail)
 
 
@@ -239,8 +259,15 @@ def _clock(nearest: Path) -> Check:
 def _slurm(wanted: str | None) -> list[Check]:
     if wanted == "local" or (wanted is None and shutil.which("sbatch") is None):
         others = "no sbatch here" if shutil.which("sbatch") is None else "not looked at"
-        return [Check(name="slurm", ok=True, detail=f"{others}; `--backend local` works without"), *_check("local")]
-    missing = [name for name in ("sbatch", "srun", "squeue", "scancel", "sinfo", "scontrol") if not shutil.which(name)]
+        return [
+            Check(name="slurm", ok=True, detail=f"{others}; `--backend local` works without"),
+            *_check("local"),
+        ]
+    missing = [
+        name
+        for name in ("sbatch", "srun", "squeue", "scancel", "sinfo", "scontrol")
+        if not shutil.which(name)
+    ]
     if missing:
         detail = f"not on PATH: {', '.join(missing)}; load Slurm's module, or log in to a login node"
         return [Check(name="slurm commands", ok=False, detail=detail)]

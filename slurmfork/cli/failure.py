@@ -22,7 +22,7 @@ def exit_status(status: RunStatus) -> int:
 
 
 def explain(run: Run, status: RunStatus, *, tails: bool = True) -> None:
-    """Say on stderr how a run ended, if it did not end well: the reason, who failed, and the end of their logs."""
+    """Say on stderr how a run ended, unless well: the reason, who failed, and the end of their logs."""
     if exit_status(status) == 0:
         return
     output.complain(verdict(status))
@@ -61,7 +61,9 @@ def ended_as(state: RunState) -> str:
 
 def failed_workers(views: Sequence[WorkerView]) -> list[WorkerView]:
     """Those that failed, the first to fail first: the others often only followed."""
-    return sorted((v for v in views if v.state is WorkerState.FAILED), key=lambda v: (v.ended or 0.0, v.worker))
+    return sorted(
+        (v for v in views if v.state is WorkerState.FAILED), key=lambda v: (v.ended or 0.0, v.worker)
+    )
 
 
 def tell_workers(views: Sequence[WorkerView], *, tails: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Log view: the logs of a run on a terminal or in a pipe, one raw, or many with the worker's name before each line.
+"""Log view: the logs of a run on a terminal or in a pipe, one raw, or many, each line with its worker's name.
 
 Writes bytes as the workers wrote them. Follows by looking again and again, until the run is over.
 """
@@ -87,7 +87,7 @@ def raw(run: Run, path: Path, *, last: int | None, follow: bool) -> None:
 
 
 def _repeat(look: Callable[[bool], None], *, follow: bool, over: Callable[[], bool]) -> None:
-    """Look once, or again and again; the last look comes after the end was seen, so that nothing is missed."""
+    """Look once, or again and again; the last look comes after the end was seen: nothing is missed."""
     sys.stdout.flush()
     while True:
         final = not follow or over()

@@ -1,4 +1,4 @@
-"""What the verbs share on the command line: the options that each of them has, and the types of their arguments.
+"""What the verbs share on the command line: the options that each of them has, and types of arguments.
 
 Imports click and nothing of the package that costs time.
 """
@@ -10,11 +10,15 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 Function = Callable[..., "int | None"]
+if TYPE_CHECKING:
+    _Type = click.ParamType[Any]
+else:
+    _Type = click.ParamType  # generic only since click 8.4
 
 
 class Verb(click.Command):
@@ -43,7 +47,9 @@ def verb(
         command.examples = examples
         if prints_data:
             command.params.append(
-                click.Option(["--json", "as_json"], is_flag=True, help="One JSON document on stdout, nothing else.")
+                click.Option(
+                    ["--json", "as_json"], is_flag=True, help="One JSON document on stdout, nothing else."
+                )
             )
         command.params.append(
             click.Option(
@@ -62,7 +68,7 @@ def verb(
     return decorate
 
 
-class RunName(click.ParamType):
+class RunName(_Type):
     """A run, as people name it; what it means is found out later. Completes run ids."""
 
     name = "run"
@@ -70,7 +76,9 @@ class RunName(click.ParamType):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         from click.shell_completion import CompletionItem
 
-        root = Path(ctx.params.get("root") or os.environ.get("SLURMFORK_ROOT") or "~/.slurmfork/runs").expanduser()
+        root = Path(
+            ctx.params.get("root") or os.environ.get("SLURMFORK_ROOT") or "~/.slurmfork/runs"
+        ).expanduser()
         try:
             found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
         except OSError:
@@ -78,8 +86,8 @@ class RunName(click.ParamType):
         return [CompletionItem(name) for name in [*found, "last"] if name.startswith(incomplete)]
 
 
-class Seconds(click.ParamType):
-    """A duration: 90, 90s, 5m, 12h or 7d, in seconds. ``unit`` refuses a bare number, whose unit is a guess."""
+class Seconds(_Type):
+    """A duration in seconds: 90, 90s, 5m, 12h, 7d. ``unit`` refuses a bare number, whose unit is a guess."""
 
     name = "duration"
     _units = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}  # noqa: RUF012
@@ -98,12 +106,14 @@ class Seconds(click.ParamType):
         return seconds
 
 
-class Assignment(click.ParamType):
+class Assignment(_Type):
     """NAME=VALUE, for the environment."""
 
     name = "K=V"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
         if isinstance(value, tuple):
             return value
         name, equals, text = value.partition("=")
@@ -129,5 +139,8 @@ set_option = click.option(
     help="Override a value of the spec, e.g. roles.rollout.replicas=4. Can be repeated.",
 )
 template_option = click.option(
-    "--template", "-t", type=click.Path(dir_okay=False, exists=True, path_type=Path), help="A template of your own."
+    "--template",
+    "-t",
+    type=click.Path(dir_okay=False, exists=True, path_type=Path),
+    help="A template of your own.",
 )

@@ -6,7 +6,6 @@ Texts that came from workers or from Slurm are printed as they are, never read a
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -72,6 +71,8 @@ def error_document(error: BaseException, message: str, kind: str) -> None:
         import msgspec
 
         found["workers"] = msgspec.to_builtins(error.detail) if isinstance(error.detail, list) else []
+    import json
+
     print(json.dumps(found, indent=2), flush=True)
 
 

@@ -19,7 +19,7 @@ from slurmfork.run import Run
 
 
 class Late(SlurmforkError):
-    """A wait took longer than it may; the exit status is that of timeout(1), which no run's own is likely to be."""
+    """A wait took longer than it may; exits like timeout(1), as hardly any run does of its own."""
 
     exit_code = 124
     kind = "timeout"
@@ -90,7 +90,9 @@ def counts(status: RunStatus) -> str:
     """How many nodes have joined and workers are up, once there are any."""
     parts = []
     if status.nodes:
-        parts.append(f"{sum(node.joined for node in status.nodes)} of {output.plural(len(status.nodes), 'node')}")
+        parts.append(
+            f"{sum(node.joined for node in status.nodes)} of {output.plural(len(status.nodes), 'node')}"
+        )
     if status.workers.total:
         up = status.workers.ready + status.workers.running
         parts.append(f"{up} of {output.plural(status.workers.total, 'worker')} up")

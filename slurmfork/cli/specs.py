@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from slurmfork.spec import Spec
 
 
-@verb("init", uses_root=False, examples=["slurmfork init", "slurmfork init grpo.yaml && slurmfork run grpo.yaml -b local"])
+@verb(
+    "init",
+    uses_root=False,
+    examples=["slurmfork init", "slurmfork init grpo.yaml && slurmfork run grpo.yaml -b local"],
+)
 @click.argument("path", metavar="[PATH]", default="slurmfork.yaml", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
 def init(path: Path, force: bool) -> None:
@@ -65,7 +69,7 @@ def validate(spec: Path, backend: str | None, overrides: Sequence[str], as_json:
     try:
         read = _read(spec, backend, overrides)
         asked = planning.request(read)
-        placed = planning.plan(read, nodes_of(asked))
+        placed = planning.plan(read, nodes_of(read, asked))
     except (SpecError, PlanError) as error:
         if not as_json:
             raise
@@ -75,7 +79,9 @@ def validate(spec: Path, backend: str | None, overrides: Sequence[str], as_json:
         output.document({"ok": True, "errors": []})
     else:
         on = output.plural(asked.nodes, "node")
-        output.say(f"ok: {output.plural(len(read.roles), 'role')}, {output.plural(len(placed), 'worker')} on {on}")
+        output.say(
+            f"ok: {output.plural(len(read.roles), 'role')}, {output.plural(len(placed), 'worker')} on {on}"
+        )
     return 0
 
 
@@ -92,8 +98,12 @@ def _problems(error: SpecError | PlanError, spec: Path) -> list[dict[str, Any]]:
     examples=["slurmfork plan grpo.yaml", "slurmfork plan grpo.yaml --nodes 4 --gpus-per-node 8"],
 )
 @spec_argument
-@click.option("--nodes", "-N", type=click.IntRange(1, 100_000), help="In place of the nodes that would be asked for.")
-@click.option("--gpus-per-node", "-G", type=click.IntRange(0, 1024), help="In place of what would be asked for.")
+@click.option(
+    "--nodes", "-N", type=click.IntRange(1, 100_000), help="In place of the nodes that would be asked for."
+)
+@click.option(
+    "--gpus-per-node", "-G", type=click.IntRange(0, 1024), help="In place of what would be asked for."
+)
 @backend_option
 @set_option
 def plan(
@@ -104,29 +114,43 @@ def plan(
     overrides: Sequence[str],
     as_json: bool,
 ) -> None:
-    """Show which worker would run on which node, with which GPUs. Needs no cluster: the nodes are imagined."""
+    """Show which worker would go on which node, with which GPUs. Needs no cluster: the nodes are imagined."""
     import msgspec
 
     from slurmfork import plan as planning
 
-    read = _read(spec, backend, overrides)
+    read = _resized(_read(spec, backend, overrides), nodes, gpus_per_node)
     asked = planning.request(read)
-    placed = planning.plan(read, nodes_of(asked, nodes, gpus_per_node))
+    placed = planning.plan(read, nodes_of(read, asked))
     if as_json:
         output.document({"workers": [_row(p) for p in placed], "request": msgspec.to_builtins(asked)})
         return
     rows = [
-        [p.worker, p.node, output.numbers(p.gpus) or "-", p.cpus, p.rank, " ".join(p.targets) or "-"] for p in placed
+        [p.worker, p.node, output.numbers(p.gpus) or "-", p.cpus or "-", p.rank, " ".join(p.targets) or "-"]
+        for p in placed
     ]
     output.table(["WORKER", "NODE", "GPUS", "CPUS", "RANK", "BESIDE"], rows)
 
 
-def nodes_of(asked: Request, count: int | None = None, gpus: int | None = None) -> list[Node]:
-    """Imagined nodes, node0 and so on, as many and as large as the spec asks for."""
+def nodes_of(spec: Spec, asked: Request) -> list[Node]:
+    """Imagined nodes, node0 and so on, as many and as large as will be asked for."""
     from slurmfork.plan import Node
 
-    size = asked.gpus_per_node if gpus is None else gpus
-    return [Node(f"node{number}", size, asked.cpus_per_node) for number in range(count or asked.nodes)]
+    cpus = spec.local.cpus_per_node if spec.backend == "local" else asked.cpus_per_node
+    return [Node(f"node{number}", asked.gpus_per_node, cpus) for number in range(asked.nodes)]
+
+
+def _resized(spec: Spec, nodes: int | None, gpus: int | None) -> Spec:
+    """The spec on other nodes than its own."""
+    from msgspec.structs import replace
+
+    if nodes is not None:
+        spec = replace(spec, nodes=nodes)
+    if gpus is None:
+        return spec
+    if spec.backend == "local":
+        return replace(spec, local=replace(spec.local, gpus_per_node=gpus))
+    return replace(spec, slurm={**spec.slurm, "gpus-per-node": gpus})
 
 
 def _row(placed: Placement) -> dict[str, Any]:
@@ -136,7 +160,10 @@ def _row(placed: Placement) -> dict[str, Any]:
     return row
 
 
-@verb("render", examples=["slurmfork render grpo.yaml", "slurmfork render grpo.yaml --template site.sh.j2 | less"])
+@verb(
+    "render",
+    examples=["slurmfork render grpo.yaml", "slurmfork render grpo.yaml --template site.sh.j2 | less"],
+)
 @spec_argument
 @backend_option
 @set_option

@@ -10,8 +10,8 @@ TEXT = """\
 #   slurmfork run {file} -b local        try it on this machine
 #   slurmfork submit {file}              submit it, and get the prompt back
 
-name: {name}                  # letters, digits, - and _; run ids begin with it
-backend: {backend}                # local: this machine; slurm: a job. --backend overrides it
+name: {name:<23} # letters, digits, - and _; run ids begin with it
+backend: {backend:<20} # local: this machine; slurm: a job. --backend overrides it
 
 nodes: 1                      # left out: as few as the roles need
 

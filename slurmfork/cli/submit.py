@@ -50,7 +50,12 @@ def _submit(
 @backend_option
 @set_option
 @template_option
-@click.option("--wait", "-w", is_flag=True, help="Return when the run is ready; if it fails before, exit with its status.")
+@click.option(
+    "--wait",
+    "-w",
+    is_flag=True,
+    help="Return when the run is ready; if it fails before, exit with its status.",
+)
 def submit(
     spec: Path,
     backend: str | None,
@@ -60,7 +65,10 @@ def submit(
     root: str | None,
     as_json: bool,
 ) -> int:
-    """Submit SPEC. On a terminal, shows progress until the run is ready; Ctrl-C lets go of it and leaves it alone."""
+    """Submit SPEC, and print the run's id.
+
+    On a terminal, shows progress until the run is ready; Ctrl-C lets go of it and leaves the run alone.
+    """
     run = _submit(spec, backend, overrides, template, root)
     if not as_json:
         output.say(attached.name_line(run))
@@ -138,13 +146,15 @@ def run(
     examples=["slurmfork wait last", "slurmfork wait grpo-x7k2mq --for ready --timeout 10m"],
 )
 @run_argument
-@click.option("--for", "goal", type=click.Choice(["ready", "done"]), default="done", help="What to wait for; done.")
+@click.option(
+    "--for", "goal", type=click.Choice(["ready", "done"]), default="done", help="What to wait for; done."
+)
 @click.option("--timeout", "-t", type=Seconds(), metavar="S", help="Seconds (or 10m, 2h); then exit 124.")
 def wait(run: str, goal: str, timeout: float | None, root: str | None, as_json: bool) -> int:
     """Wait until RUN is done, or ready.
 
-    Exits with the run's own status: 0 if it completed (or is ready), its exit status if it failed, 1 if it ended
-    otherwise; 124 if the wait took longer than --timeout, which leaves the run alone.
+    Exits with the run's own status: 0 if it completed (or is ready), its exit status if it failed, 1 if it
+    ended otherwise; 124 if the wait took longer than --timeout, which leaves the run alone.
     """
     found = Run.load(run, root)
     with progress.face(quiet=as_json) as face:

@@ -27,20 +27,24 @@ from slurmfork.run import Run, statuses
 def clean(run: str | None, every: bool, root: str | None, as_json: bool) -> int:
     """End whatever is left of runs that are over, on this machine, and say what would not die.
 
-    What is left is found by the run's journals and by the run id in the environment of processes. Nodes that are
-    other machines are named; run it there.
+    What is left is found by the run's journals and by the run id in the environment of processes. Nodes that
+    are other machines are named; run it there.
     """
     if (run is None) != every:
         raise UsageError("say which run to clean, or --all")
     found = [Run.load(run, root)] if run is not None else Run.all(root)
-    over = [one for one, (status, _) in zip(found, statuses(found), strict=True) if _is_over(status, skip=every)]
+    over = [
+        one for one, (status, _) in zip(found, statuses(found), strict=True) if _is_over(status, skip=every)
+    ]
     swept = [(one.run_id, aftermath.sweep_run(one.rundir)) for one in over]
     if as_json:
         output.document(_document(swept))
     for run_id, after in swept:
         _tell(run_id, after, as_json=as_json)
     if every and not as_json:
-        output.say(f"{output.plural(len(over), 'run')} looked at, {len(found) - len(over)} still alive left alone")
+        output.say(
+            f"{output.plural(len(over), 'run')} looked at, {len(found) - len(over)} still alive left alone"
+        )
     return 1 if any(after.survivors or after.unverified for _, after in swept) else 0
 
 
@@ -67,7 +71,9 @@ def _document(swept: list[tuple[str, Aftermath]]) -> dict[str, Any]:
 
 def _tell(run_id: str, after: Aftermath, *, as_json: bool) -> None:
     if not as_json:
-        output.say(f"{run_id}: {output.plural(len(after.killed), 'process')} ended, {len(after.survivors)} left")
+        output.say(
+            f"{run_id}: {output.plural(len(after.killed), 'process')} ended, {len(after.survivors)} left"
+        )
         for line in after.killed:
             output.say(f"  ended: {line}")
     for line in after.survivors:
@@ -83,8 +89,8 @@ def _tell(run_id: str, after: Aftermath, *, as_json: bool) -> None:
 def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
     """Remove the directories of runs that ended longer ago than D, with their logs.
 
-    Never touches a run that is alive, or of which nobody knows whether it is. What should still run of the others
-    on this machine is ended first; if that fails, the directory is kept.
+    Never touches a run that is alive, or of which nobody knows whether it is. Should something of the others
+    still run on this machine, it is ended first; if that fails, the directory is kept.
     """
     found = Run.all(root)
     judged = zip(found, statuses(found), strict=True)
@@ -101,7 +107,9 @@ def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
 
 def _quiet_for(run: Run, status: RunStatus) -> float:
     """Seconds since the end of a run; where that was not recorded, since anything was written at its top."""
-    ended = status.ended or max(_changed(path) for path in (run.rundir.path, run.rundir.batch_log, run.rundir.status))
+    ended = status.ended or max(
+        _changed(path) for path in (run.rundir.path, run.rundir.batch_log, run.rundir.status)
+    )
     return time.time() - max(ended, run.record.submitted)
 
 
@@ -113,16 +121,20 @@ def _changed(path: Path) -> float:
 
 
 def _nothing_left(run: Run) -> bool:
-    """Whether no process of the run is left here: with its directory the proof of what it started would go."""
+    """Whether no process of the run is left here: the directory is the only record of what it started."""
     after = aftermath.sweep_run(run.rundir)
     if after.survivors:
-        output.complain(f"{run.run_id} is kept: {output.plural(len(after.survivors), 'process')} of it would not die")
+        output.complain(
+            f"{run.run_id} is kept: {output.plural(len(after.survivors), 'process')} of it would not die"
+        )
     return not after.survivors
 
 
 def _ask(doomed: list[Run]) -> None:
     if not sys.stdin.isatty():
-        raise UsageError(f"{output.plural(len(doomed), 'run')} would be removed; --yes does it without asking")
+        raise UsageError(
+            f"{output.plural(len(doomed), 'run')} would be removed; --yes does it without asking"
+        )
     for run in doomed:
         output.aside(f"  {run.run_id}  submitted {output.since(run.record.submitted)} ago")
     click.confirm(f"Remove {output.plural(len(doomed), 'run')} with their logs?", abort=True, err=True)

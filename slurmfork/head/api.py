@@ -7,6 +7,7 @@ typed struct before anything happens; what does not fit is refused by name.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
 from collections.abc import Awaitable, Callable
@@ -195,8 +196,9 @@ class Api:
             return web.Response(status=400, body=msgspec.json.encode(ErrorReply(error=str(error), kind=error.kind)))
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
-        async for event in self._table.follow(since):
-            await response.write(msgspec.json.encode(event) + b"\n")
+        with contextlib.suppress(ConnectionError):  # the client has seen enough
+            async for event in self._table.follow(since):
+                await response.write(msgspec.json.encode(event) + b"\n")
         return response
 
 

@@ -37,6 +37,7 @@ class Verdict:
     reason: str
     exit_status: int | None
     budget: float | None = None
+    outside: bool = False
 
 
 class Ending:
@@ -50,7 +51,7 @@ class Ending:
         self.warned = False
         self._table, self._members, self._workers = table, members, workers
         self._launcher, self._rundir, self._main = launcher, rundir, main
-        self._holds: set[asyncio.TimerHandle] = set()
+        self._held: dict[str, asyncio.TimerHandle] = {}
 
     def decide(self, verdict: Verdict) -> None:
         """Say how the run ends; only the first word counts."""
@@ -60,11 +61,15 @@ class Ending:
 
     # --- what ends a run
 
-    def told(self, reason: str, budget: float | None) -> None:
+    def told(self, by: str, budget: float) -> None:
         """Slurm, or somebody by signal, ends the job."""
         state = RunState.TIMEOUT if self.warned else RunState.CANCELLED
-        reason = "the time limit was reached" if self.warned else reason
-        self.decide(Verdict(state, reason, None, budget))
+        reason = "the time limit was reached" if self.warned else f"ended from outside ({by})"
+        for name in self._held:  # they did not fail: the same signal reached them first
+            view = self._table.workers.get(name)
+            if view is not None and view.state is WorkerState.FAILED:
+                view.state, view.log_tail = WorkerState.STOPPED, ""
+        self.decide(Verdict(state, reason, None, budget, outside=True))
 
     def worker_changed(self, view: WorkerView, planned: list[str]) -> None:
         """Judge a worker's new state: failures end the run, and so does the end of the main role."""
@@ -82,8 +87,7 @@ class Ending:
         return self._workers.forking(view.role) or self._workers.ignores(view.role)
 
     def _hold(self, view: WorkerView) -> None:
-        loop = asyncio.get_running_loop()
-        self._holds.add(loop.call_later(HOLD, self._fail, view))
+        self._held[view.worker] = asyncio.get_running_loop().call_later(HOLD, self._fail, view)
 
     def _fail(self, view: WorkerView) -> None:
         reason = f"{view.worker} failed: {view.reason}"
@@ -108,7 +112,7 @@ class Ending:
             if view.node == node and view.state not in OVER_STATES:
                 view.state, view.reason = WorkerState.FAILED, f"the agent on {node} was lost"
                 self._table.event("worker", state="failed", worker=view.worker, node=node, message=view.reason)
-        self.decide(Verdict(RunState.FAILED, f"the agent on node {node} was lost", 1))
+        self.decide(Verdict(RunState.FAILED, f"the agent on node {node} was lost", 1, outside=True))
 
     def launcher_ended(self, log_tail: str) -> None:
         """The launcher is gone while the run was not over: no agent is left, or none ever came."""
@@ -122,7 +126,7 @@ class Ending:
     async def carry_out(self) -> EndRecord:
         """Wait for the verdict, then end everything; returns, and writes, the record of it."""
         verdict = await self.decided
-        for hold in self._holds:
+        for hold in self._held.values():
             hold.cancel()
         survivors, unverified = await self._end_agents(verdict.budget)
         await self._launcher_gone(verdict.budget)
@@ -135,6 +139,7 @@ class Ending:
             survivors=len(survivors),
             ended=time.time(),
             unverified=unverified,
+            outside=verdict.outside,
         )
         for line in survivors:
             log.error("still alive: %s", line)

@@ -110,7 +110,7 @@ class Head:
 
     def _terminated(self) -> None:
         self._signalled.set()
-        self._ending.told("cancelled from outside (scancel, or a signal to the batch script)", _kill_wait())
+        self._ending.told("scancel, or a signal to the batch script", _kill_wait())
 
     def _warned(self) -> None:
         self._ending.warned = True
@@ -202,7 +202,7 @@ class Head:
                 self._ending.worker_changed(view, self._planned)
         elif op == "going":
             reason = msgspec.json.decode(body, type=Going).reason
-            self._ending.told(f"node {node}: {reason}", _kill_wait())
+            self._ending.told(f"{reason}, heard on node {node}", _kill_wait())
         else:
             raise Refused(f"unknown notice {op!r}", "unknown")
 

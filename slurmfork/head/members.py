@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import ssl
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ import msgspec
 
 from slurmfork import credentials
 from slurmfork.errors import Refused, SlurmforkError, Unreachable
+from slurmfork.head.table import natural
 from slurmfork.link import MAX_FRAME, Link
 from slurmfork.messages import Join, NodeView, ReserveOrder, Welcome
 
@@ -68,12 +68,9 @@ class Members:
         self._members: dict[str, Member] = {}
         self._on_join, self._on_lost, self._on_notice, self._on_api = on_join, on_lost, on_notice, on_api
 
-    def __iter__(self) -> Iterable[Member]:
-        return iter(self.sorted())
-
     def sorted(self) -> list[Member]:
         """Members in the order of their nodes' names, numbers counted as numbers."""
-        return sorted(self._members.values(), key=lambda member: _natural(member.node))
+        return sorted(self._members.values(), key=lambda member: natural(member.node))
 
     def get(self, node: str) -> Member:
         """The member of a node; raises Unreachable if none ever joined."""
@@ -91,7 +88,7 @@ class Members:
         door = _Door(self, reader, writer)
         await door.link.run()
         if door.node is not None:
-            await self._left(door.node, door.link)
+            asyncio.get_running_loop().call_later(LEASE, self._left, door.node, door.link)
 
     def joined(self, join: Join, link: Link) -> Welcome:
         """Take an agent in (again, after a lost link); raises Refused for a stranger or a second one."""
@@ -115,8 +112,7 @@ class Members:
         if len(self._members) >= self.expected and all(member.ports for member in self._members.values()):
             self.complete.set()
 
-    async def _left(self, node: str, link: Link) -> None:
-        await asyncio.sleep(LEASE)
+    def _left(self, node: str, link: Link) -> None:
         if self._members[node].link is link:
             self._on_lost(node)
 
@@ -201,11 +197,6 @@ def _node_view(join: Join, address: str) -> NodeView:
         guardian_pid=join.guardian_pid,
         notes=join.notes,
     )
-
-
-def _natural(text: str) -> list[tuple[int, int | str]]:
-    """Sort key: n2 before n10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text)]
 
 
 async def listen(members: Members, sock: Any, context: ssl.SSLContext) -> asyncio.Server:

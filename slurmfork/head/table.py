@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,11 @@ log = logging.getLogger(__name__)
 
 SAVE_INTERVAL = 0.25
 EVENTS_KEPT = 20_000
+
+
+def natural(text: str) -> list[tuple[int, int | str]]:
+    """Sort key of node names: n2 before n10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text)]
 
 
 class Table:
@@ -117,7 +123,7 @@ class Table:
             state=self.state,
             reason=self.reason,
             exit_status=self.exit_status,
-            nodes=list(self.nodes.values()),
+            nodes=[self.nodes[name] for name in sorted(self.nodes, key=natural)],
             counts=self.counts(),
             workers=sorted(self.workers.values(), key=lambda view: (view.role, view.index)),
             seq=self.seq,

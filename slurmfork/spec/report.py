@@ -18,7 +18,8 @@ class Report:
         self.file = file
         self.problems: list[Problem] = []
         self._places: dict[str, Where] = {}
-        self._bad: set[str] = set()
+        self._reported: set[str] = set()
+        self._bad: set[str] = set()  # what was reported, and all sections around it
 
     def place(self, path: str, at: Where) -> None:
         """Remember where ``path`` stands."""
@@ -32,7 +33,7 @@ class Report:
 
     def add(self, path: str, message: str, *, at: Where | None = None) -> None:
         """Note a problem; unless something is wrong with the very same path already."""
-        if path not in self._bad:
+        if path not in self._reported:
             at = at or self.where(path)
             self._mark(path)
             self.problems.append(Problem(message, path=path, line=at.line, file=at.file))
@@ -51,18 +52,23 @@ class Report:
         """``; did you mean 'x'?``, or nothing where no name is near."""
         if len(self.problems) >= _SUGGESTIONS or len(word) > 64:
             return ""
-        near = difflib.get_close_matches(word.lower().replace("_", "-"), list(known), 1, 0.6)
-        near = near or difflib.get_close_matches(word.lower(), list(known), 1, 0.6)
-        return f"; did you mean {near[0]!r}?" if near else ""
+        names = {_folded(name): name for name in known}
+        near = difflib.get_close_matches(_folded(word), names, 1, 0.6)
+        return f"; did you mean {names[near[0]]!r}?" if near else ""
 
     def in_order(self) -> list[Problem]:
         """The problems in the order of the file, those of the command line last."""
         return sorted(self.problems, key=lambda problem: (problem.file != self.file, problem.line or 0))
 
     def _mark(self, path: str) -> None:
+        self._reported.add(path)
         while path:
             self._bad.add(path)
             path = _parent(path)
+
+
+def _folded(word: str) -> str:
+    return word.lower().replace("_", "-")
 
 
 def _parent(path: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from slurmfork.errors import Problem
+from slurmfork.spec.yamlsyntax import syntax_problem
 
 Value: TypeAlias = "str | int | float | bool | None"
 
@@ -34,6 +35,7 @@ _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
 _LONGEST_NUMBER = 40
+_LONGEST_KEY = 256
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -112,7 +114,7 @@ def parse(text: str, file: str | None = None) -> tuple[Node | None, list[Problem
             if not builder.take(event):
                 break
     except yaml.YAMLError as error:
-        builder.problems.append(_syntax_problem(error, text, file))
+        builder.problems.append(syntax_problem(error, text, file))
         return None, builder.problems
     return builder.root, builder.problems
 
@@ -126,7 +128,7 @@ def _loader() -> Any:
 
 @dataclass
 class _Open:
-    """A list or mapping whose end has not come. ``key`` is the key that waits for its value; None: not usable."""
+    """A list or mapping whose end has not come. ``key`` waits for its value; None: it is not usable."""
 
     node: Listing | Mapping
     path: str
@@ -158,7 +160,9 @@ class _Builder:
             self._attach(self._scalar(event, at))
         elif isinstance(event, yaml.AliasEvent):
             shown = f"*{event.anchor}"
-            self._problem(f"aliases ({shown}) are not used in specs; if text is meant, write '{shown}' in quotes", at)
+            self._problem(
+                f"aliases ({shown}) are not used in specs; if text is meant, write '{shown}' in quotes", at
+            )
             self._attach(Broken(at))
         return True
 
@@ -219,7 +223,9 @@ class _Builder:
         if first := mapping.keys.get(parent.key):
             path = f"{parent.path}.{parent.key}" if parent.path else parent.key
             self._problem(
-                f"key {short(parent.key)} is given twice (first on line {first.line})", parent.key_at, path=path
+                f"key {short(parent.key)} is given twice (first on line {first.line})",
+                parent.key_at,
+                path=path,
             )
             return
         mapping.entries[parent.key] = node
@@ -231,7 +237,9 @@ class _Builder:
             return None
         if not isinstance(node, Scalar):
             what = "a list" if isinstance(node, Listing) else "a mapping"
-            self._problem(f"a key must be text, not {what}; if text in braces is meant, put it in quotes", node.at)
+            self._problem(
+                f"a key must be text, not {what}; if text in braces is meant, put it in quotes", node.at
+            )
             return None
         if node.plain and node.text == "<<":
             self._problem("merge keys (<<) are not used in specs; write the keys out", node.at)
@@ -239,16 +247,23 @@ class _Builder:
         if not isinstance(node.value, str):
             self._problem(f"a key must be text; put {node.text or 'it'} in quotes", node.at)
             return None
+        if len(node.text) > _LONGEST_KEY:
+            self._problem(f"a key of {len(node.text)} characters; no name is that long", node.at)
+            return None
         return node.text
 
     def _refuse_anchor(self, event: Any, at: Where) -> None:
         if event.anchor is not None:
             shown = f"&{event.anchor}"
-            self._problem(f"anchors ({shown}) are not used in specs; write the value out where it is needed", at)
+            self._problem(
+                f"anchors ({shown}) are not used in specs; write the value out where it is needed", at
+            )
 
     def _refuse_tag(self, tag: str, at: Where) -> None:
         shown = "!!" + tag.removeprefix(_TAGS) if tag.startswith(_TAGS) else tag
-        self._problem(f"tags ({short(shown)}) are not used in specs; leave it out, or put the text in quotes", at)
+        self._problem(
+            f"tags ({short(shown)}) are not used in specs; leave it out, or put the text in quotes", at
+        )
 
     def _problem(self, message: str, at: Where, *, path: str | None = None) -> None:
         where = self._path() if path is None else path
@@ -269,39 +284,3 @@ class _Builder:
 def short(text: str, longest: int = 60) -> str:
     """Text in quotes, cut if it is long, with nothing in it that a terminal would act on."""
     return repr(text if len(text) <= longest else text[: longest - 3] + "...")
-
-
-# --- syntax errors -----------------------------------------------------------------------------------------
-
-_PLAIN_WORDS = (
-    ("mapping values are not allowed", "a ':' where no key can stand; put the text in quotes, or check indentation"),
-    ("found unexpected end of stream", "the quote that opens here is never closed"),
-    ("did not find expected ',' or", "a list or mapping that opens here is not closed, or a ',' is missing in it"),
-    ("expected ',' or", "a list or mapping that opens here is not closed, or a ',' is missing in it"),
-    ("could not find expected ':'", "a key without a ':' after it"),
-    ("found unknown escape", "an unknown escape in double quotes; write \\\\ for a backslash, or use single quotes"),
-    ("found undefined tag handle", "tags (!name) are not used in specs"),
-)
-_FITS_NOT = (
-    "this does not fit what is above it; check the indentation, and put text that has any of "
-    ": # [ ] { } , & * ! | > % @ in it in quotes"
-)
-_OPENED_BEFORE = ("found unexpected end of stream", "did not find expected ',' or", "expected ',' or")
-
-
-def _syntax_problem(error: yaml.YAMLError, text: str, file: str | None) -> Problem:
-    """The parser's complaint in plain words, with the line where the mistake is rather than where it showed."""
-    problem = str(getattr(error, "problem", None) or "it is not valid YAML")
-    mark = getattr(error, "problem_mark", None)
-    if problem.startswith(_OPENED_BEFORE):
-        mark = getattr(error, "context_mark", None) or mark
-    lines = text.splitlines() or [""]
-    number = min(mark.line, len(lines) - 1) if mark else 0
-    here = lines[number]
-    if "\t" in here[: len(here) - len(here.lstrip())]:
-        message = "a tab in the indentation; YAML wants spaces"
-    elif "cannot start any token" in problem and mark:
-        message = f"a value cannot begin with {here[mark.column : mark.column + 1]!r}; put it in quotes"
-    else:
-        message = next((words for start, words in _PLAIN_WORDS if problem.startswith(start)), _FITS_NOT)
-    return Problem(message, line=number + 1 if mark else None, file=file)

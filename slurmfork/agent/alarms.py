@@ -1,0 +1,54 @@
+"""Alarms: what tells an agent from outside that it has to go: a signal, or the death of its guardian.
+
+Only hears and says so; what follows is the agent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+
+from slurmfork import prctl
+
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+
+Told = Callable[[str, int], None]
+
+
+def listen(told: Told, *, pass_on: Callable[[int], None], reap: Callable[[], None]) -> None:
+    """Hear of signals from now on: ``told(reason, exit_status)`` to end, ``pass_on`` of those for workers."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGCHLD, reap)
+    for number in ENDING_SIGNALS:
+        reason = f"{number.name} (scancel, a time limit, or somebody's kill)"
+        loop.add_signal_handler(number, told, reason, 128 + number)
+    for number in PASSED_ON:
+        loop.add_signal_handler(number, pass_on, number)
+
+
+def watch_guardian(guardian_pid: int, told: Told) -> None:
+    """Hear of the guardian's death: nobody else would clean up after the agent then."""
+    loop = asyncio.get_running_loop()
+
+    def gone() -> None:
+        told("the guardian of this node was killed", 1)
+
+    def hear(descriptor: int) -> None:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        gone()
+
+    try:
+        descriptor = os.pidfd_open(guardian_pid)
+    except ProcessLookupError:
+        return gone()
+    except (OSError, AttributeError):  # a kernel before 5.3
+        prctl.signal_at_parents_death(signal.SIGTERM)
+    else:
+        loop.add_reader(descriptor, hear, descriptor)
+    if os.getppid() != guardian_pid:  # it died before we began to listen
+        gone()
+    return None

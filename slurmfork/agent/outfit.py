@@ -1,0 +1,96 @@
+"""A worker's outfit: arguments, environment, devices, ports, notify socket: all that its node has to give it.
+
+Laid out before a start, so that what the node cannot give is known before anything runs; kept over restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from slurmfork.agent import environment
+from slurmfork.agent.command import arguments
+from slurmfork.agent.lastwords import signal_number
+from slurmfork.agent.ledger import Ledger
+from slurmfork.agent.node import Node
+from slurmfork.agent.ports import Ports
+from slurmfork.agent.readiness import Notify
+from slurmfork.agent.scratch import Scratch
+from slurmfork.agent.spawn import StartFailed
+from slurmfork.agent.tree import Trees
+from slurmfork.errors import Refused, RunDirError
+from slurmfork.messages import Device, Order, WorkerView
+
+
+@dataclass
+class Site:
+    """What all workers of a node share.
+
+    ``tell`` sends a view to the head, ``reap`` has those hear of it whose processes have ended, ``address`` is
+    the node's own. ``closing``: nothing is started any more.
+    """
+
+    node: Node
+    base: Mapping[str, str]
+    trees: Trees
+    ledger: Ledger
+    ports: Ports
+    scratch: Scratch
+    tell: Callable[[WorkerView], None]
+    reap: Callable[[], None]
+    address: str = ""
+    closing: bool = False
+
+
+@dataclass(frozen=True)
+class Outfit:
+    """What one worker is started with, each time."""
+
+    argv: list[str]
+    environment: dict[str, str]
+    gpus: list[Device]
+    ports: list[int]
+    notify: Notify | None
+
+
+def outfit(order: Order, site: Site, said: Callable[[str], None]) -> Outfit:
+    """Lay it out; raises StartFailed. What was taken by then is its owner's to give back.
+
+    ``said`` hears what the worker says of itself on its notify socket.
+    """
+    try:
+        signal_number(order.stop.signal)
+        gpus = environment.slice_of(site.node.devices, order.devices)
+        ports = site.ports.reserve(order.worker, order.ports) if order.ports else []
+        notify = site.scratch.notify(order.worker) if order.ready and order.ready.notify else None
+        variables = environment.of_worker(
+            site.node,
+            order,
+            base=site.base,
+            ports=ports,
+            socket=site.scratch.socket,
+            scratch=site.scratch.worker(order.worker),
+            notify=notify,
+        )
+        argv = arguments(order.command, _values(order, site.node, ports), variables)
+        return Outfit(argv, variables, gpus, ports, Notify(notify, said) if notify else None)
+    except (ValueError, Refused, RunDirError) as error:
+        raise StartFailed(str(error)) from None
+    except OSError as error:
+        raise StartFailed(f"{error.filename}: {error.strerror}") from None
+
+
+def _values(order: Order, node: Node, ports: list[int]) -> dict[str, str]:
+    """What the placeholders of the command stand for."""
+    role, _, index = order.worker.partition("/")
+    listed = [str(port) for port in ports]
+    return {
+        "index": index,
+        "rank": str(order.rank),
+        "role": role,
+        "worker": order.worker,
+        "node": node.name,
+        "run_id": node.run_id,
+        "run_dir": str(node.rundir.path),
+        **({"port": listed[0], "ports": ",".join(listed)} if listed else {}),
+    }

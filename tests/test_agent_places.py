@@ -1,0 +1,112 @@
+"""Ports and directories on a node: what two agents of one host may not have at the same time."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from slurmfork.agent.ports import Ports, port_range
+from slurmfork.agent.scratch import Scratch, node_directory, private_directory
+from slurmfork.errors import Refused, RunDirError
+from slurmfork.rundir import new_run_id
+
+FEW = range(21_000, 21_012)
+
+
+def test_the_range_is_out_of_the_kernels_way() -> None:
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    found = port_range()
+    assert len(found) >= 1000
+    assert found[-1] < low or found[0] > high or high - low > 60_000
+
+
+def test_two_agents_never_hold_the_same_port(tmp_path: Path) -> None:
+    one, other = Ports(tmp_path, FEW), Ports(tmp_path, FEW)
+    taken = one.reserve("a/0", 5) + other.reserve("a/0", 5)
+    assert len(set(taken)) == 10
+    assert set(taken) <= set(FEW)
+
+
+def test_too_many_are_refused_and_then_none_is_held(tmp_path: Path) -> None:
+    one, other = Ports(tmp_path, FEW), Ports(tmp_path, FEW)
+    with pytest.raises(Refused, match="no 13 free ports"):
+        one.reserve("a/0", 13)
+    assert len(other.reserve("b/0", 12)) == 12
+
+
+def test_what_is_released_is_free_again(tmp_path: Path) -> None:
+    one, other = Ports(tmp_path, FEW), Ports(tmp_path, FEW)
+    one.reserve("a/0", 6)
+    kept = one.reserve("a/1", 6)
+    one.release("a/0")
+    assert not set(other.reserve("b/0", 6)) & set(kept)
+    assert one.owned("a/0") == []
+
+
+def test_a_port_that_somebody_listens_on_is_passed_over(tmp_path: Path) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        with pytest.raises(Refused):
+            Ports(tmp_path, range(port, port + 1)).reserve("a/0", 1)
+
+
+def test_a_lock_file_that_was_tidied_away_is_made_anew(tmp_path: Path) -> None:
+    one = Ports(tmp_path, FEW)
+    held = one.reserve("a/0", 1)[0]
+    (tmp_path / str(held)).unlink()
+    assert held not in one.reserve("a/1", 11)
+
+
+def test_long_names_are_hashed_so_that_sockets_stay_within_their_limit() -> None:
+    run_id = new_run_id("x" * 40)
+    path = node_directory(run_id, "gpu-node-with-a-very-long-name.cluster.example.org")
+    assert len(os.fsencode(path / "agent.sock")) < 60
+    assert path != node_directory(run_id, "gpu-node-with-a-very-long-name2.cluster.example.org")
+    assert node_directory("demo-abcdef", "n1").name == "demo-abcdef-n1"
+
+
+def test_a_planted_directory_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        with pytest.raises(RunDirError, match="not a directory of this user"):
+            private_directory(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_another_user_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    os.chown(tmp_path / "theirs", 65534, 65534)
+    with pytest.raises(RunDirError, match="not a directory of this user"):
+        private_directory(tmp_path / "theirs")
+
+
+def test_an_open_directory_of_our_own_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    assert private_directory(tmp_path / "open").stat().st_mode & 0o777 == 0o700
+
+
+async def test_a_worker_name_is_free_at_once_and_what_it_left_goes() -> None:
+    from slurmfork.agent.scratch import remove
+
+    scratch = Scratch(new_run_id("scratch"), "n1")
+    try:
+        first = scratch.worker("a/0")
+        (first / "file").write_text("x")
+        left = scratch.set_aside("a/0")
+        assert left is not None
+        assert list(scratch.worker("a/0").iterdir()) == []
+        remove(left)
+        assert not left.exists()
+        assert scratch.set_aside("a/0") is None
+        assert scratch.set_aside("never/0") is None
+    finally:
+        remove(scratch.path)
+    assert not scratch.path.exists()
