@@ -1,6 +1,6 @@
-"""Colocation: the places of children beside workers that are placed already, for the plan and for the fork RPC.
+"""Colocation: places of children beside workers that are placed already, for the plan and for the fork RPC.
 
-Pure, and the same at both times: a child gets exactly the devices of its target, or a part, or those of several.
+Pure, and the same for both: a child gets exactly the devices of its target, or a part, or those of several.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def colocate(
         if replicas % len(groups):
             what = "targets" if len(groups) == len(targets) else f"groups of {len(groups[0])} targets"
             raise PlanError(
-                f"{role_name} has replicas: {replicas}, and {len(groups)} {what} to go beside, which does not "
-                f"come out even; use a multiple of {len(groups)}, or leave replicas out"
+                f"{role_name} has replicas: {replicas}, and {len(groups)} {what} to go beside, which does "
+                f"not come out even; use a multiple of {len(groups)}, or leave replicas out"
             )
         each = count * (replicas // len(groups))
     seats = []
@@ -96,7 +96,7 @@ def _groups_on(role: str, gpus: int, node: str, targets: Sequence[Beside]) -> li
             )
         if not devices.isdisjoint(target.gpus):
             raise PlanError(
-                f"{role} asks {counted(gpus, 'GPU')}, more than {target.worker} has, and the next ones share those"
+                f"{role} asks {counted(gpus, 'GPU')}, more than {target.worker} has, and the next share those"
             )
         open_.append(target)
         devices.update(target.gpus)

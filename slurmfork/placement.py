@@ -21,8 +21,8 @@ class Node:
 class Placement:
     """One worker's place. ``gpus`` are positions in the node's list of devices.
 
-    ``targets`` are all workers that it is beside, ``target`` the first of them; ``cpus`` is what it counts for:
-    declared, or one for each GPU of its own.
+    ``targets`` are all workers that it is beside, ``target`` the first of them; ``cpus`` is what it counts
+    for: declared, or one for each GPU of its own.
     """
 
     worker: str

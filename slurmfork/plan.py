@@ -1,8 +1,8 @@
 """The plan: which worker runs on which node, with which GPUs and ranks; and what to ask the backend for.
 
-Pure functions of a spec and nodes, so that a plan can be printed without a cluster. Roles with devices of their
-own are packed by ``slurmfork.packing``, colocated ones go where their targets are (``slurmfork.colocation``).
-Nothing here depends on the order of the roles in the file.
+Pure functions of a spec and nodes, so that a plan can be printed without a cluster. Roles with devices of
+their own are packed by ``slurmfork.packing``, colocated ones go where their targets are, which is for
+``slurmfork.colocation``. Nothing here depends on the order of the roles in the file.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _demand(name: str, role: Role, roles: Mapping[str, Role], children: Mapping[
 def _piece(
     name: str, gpus: int, count: int, roles: Mapping[str, Role], children: Mapping[str, list[str]]
 ) -> tuple[int, int]:
-    """How many workers of a role must share a node for what is beside them, and the CPUs that this declares."""
+    """How many workers must share a node for what goes beside them, and the CPUs that this declares."""
     parts = []
     for child in children.get(name, ()):
         role = roles[child]
@@ -140,12 +140,12 @@ def _piece(
 
 
 def request(spec: Spec) -> Request:
-    """What to ask the backend for; on nodes like these ``plan`` succeeds. Raises PlanError if nothing would do.
+    """What to ask the backend for; ``plan`` succeeds on nodes like that. Raises PlanError if none would do.
 
-    Nodes: the spec's, or the fewest that hold the roles. GPUs of a node: what the spec or its options say; or as
-    few as will do on so many nodes, where without ``nodes`` one node is tried first, and nodes of at most 8 GPUs
-    (or what one worker needs, if that is more). CPUs: the most that the workers of one node count for, declared
-    or one per GPU; colocated workers that declare none count for none, and later forks are not counted.
+    Nodes: the spec's, or the fewest that hold the roles. GPUs of a node: what the spec or its options say; or
+    as few as will do on so many nodes, where without ``nodes`` one node is tried first, then nodes of at most
+    8 GPUs (or what one worker needs, if that is more). CPUs: the most that the workers of one node count for,
+    declared or one per GPU; colocated workers that declare none count for none, and later forks do not count.
     """
     shape = node_shape(spec)
     demands = in_order(_demands(spec, _by_dependency(spec)))

@@ -197,13 +197,18 @@ def environ(pid: int) -> dict[str, str] | None:
 
 
 def _environment(pid: int) -> bytes:
-    with suppress(ProcessLookupError):
+    hidden: OSError | None = None
+    try:
         if data := _read(f"/proc/{pid}/environ"):
             return data
+    except (ProcessLookupError, PermissionError) as error:
+        hidden = error
     for thread in os.listdir(f"/proc/{pid}/task"):  # where the first thread has ended, another one knows
-        with suppress(*_GONE):
+        with suppress(*_HIDDEN):
             if data := _read(f"/proc/{pid}/task/{thread}/environ"):
                 return data
+    if hidden:
+        raise hidden
     return b""
 
 

@@ -96,6 +96,7 @@ def test_a_process_whose_first_thread_ended_is_alive(yard: Yard) -> None:
     assert not process.is_zombie(one.pid)
     assert process.alive(one)
     assert one in process.descendants(os.getpid())
+    assert (process.environ(one.pid) or {}).items() >= yard.tag.items()
     assert process.send(one, signal.SIGKILL)
     assert killing.wait_gone([one], 10) == []
 

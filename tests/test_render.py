@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -27,8 +28,9 @@ TYPICAL = {
 
 
 @pytest.mark.parametrize("backend", ["slurm", "local"])
-def test_golden(backend: str) -> None:
+def test_golden(tmp_path: Path, backend: str) -> None:
     text = script_of(make_spec(backend, **TYPICAL))
+    checked(text, tmp_path)
     path = GOLDEN / f"batch-{backend}.sh"
     if os.environ.get("SLURMFORK_WRITE_GOLDEN"):
         path.write_text(text)
@@ -146,7 +148,7 @@ def test_hostile_options_leave_a_sound_script(tmp_path: Path, kind: str) -> None
         with pytest.raises(SpecError, match="longer than"):
             script_of(make_spec(slurm=slurm))
         slurm = dict.fromkeys(slurm, text[:1000])
-    checked(script_of(make_spec(slurm=slurm)), tmp_path)
+    checked(script_of(make_spec(slurm=slurm)), tmp_path, values=True)
 
 
 @pytest.mark.parametrize("kind", [*HOSTILE, *LINE_BREAKS])
@@ -156,7 +158,7 @@ def test_hostile_places_leave_a_sound_script(tmp_path: Path, field: str, kind: s
     spec = make_spec("local", name=text if field == "name" else "grpo")
     given = {"package": Path(text), "run_dir": Path(text)}.get(field, text)
     script = script_of(spec, **({field: given} if field != "name" else {}))
-    checked(script, tmp_path)
+    checked(script, tmp_path, values=True)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind != "long"])
@@ -272,17 +274,20 @@ def test_what_setup_leaves_in_the_background_carries_the_tag(tmp_path: Path) -> 
 
 def test_a_signal_during_setup_ends_the_run_at_once(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    batch = stage.start(make_spec(setup="touch begun\nsleep 50 & echo $! >pid; wait; sleep 50"))
-    wait_until((stage.home / "begun").exists, "the setup lines")
-    wait_until(lambda: (stage.home / "pid").exists() and (stage.home / "pid").read_text(), "the sleep")
-    begun = time.monotonic()
-    batch.send_signal(signal.SIGUSR1)  # the warning of the time limit ends nothing
-    batch.send_signal(signal.SIGTERM)
-    _, errors = batch.communicate(timeout=30)
-    assert time.monotonic() - begun < 30
+    setup = "bash -c 'echo $$ >pid.new; mv pid.new pid; exec sleep 100' </dev/null >/dev/null 2>&1"
+    batch = stage.start(make_spec(setup=setup))
+    wait_until((stage.home / "pid").exists, "the setup lines")
+    sleeper = process.identify(int((stage.home / "pid").read_text()))
+    assert sleeper is not None
+    try:
+        batch.send_signal(signal.SIGUSR1)  # the warning of the time limit ends nothing
+        batch.send_signal(signal.SIGTERM)
+        _, errors = batch.communicate(timeout=60)
+        assert process.alive(sleeper)  # nobody waited for it; the sweep, a stand-in here, would have ended it
+    finally:
+        process.send(sleeper, signal.SIGKILL)
     assert stage.status == 143
     assert "no agent was started" in errors
-    os.kill(int((stage.home / "pid").read_text()), signal.SIGKILL)
 
 
 # --- the head, and the end
@@ -353,7 +358,7 @@ def test_the_environment_is_scrubbed_for_srun(tmp_path: Path) -> None:
         "SLURMFORK_NODE": "outer",
         "SLURMFORK_WORKER": "outer/1",
     }
-    kept = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CONF": "/nowhere", "SLURM_GPUS_ON_NODE": "8"}
+    kept = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CLUSTER_NAME": "c", "SLURM_GPUS_ON_NODE": "8"}
     stage = Stage(tmp_path)
     stage.run(make_spec(), env={**harmful, **kept})
     env = stage.seen["env"]
@@ -364,24 +369,16 @@ def test_the_environment_is_scrubbed_for_srun(tmp_path: Path) -> None:
 
 
 def test_a_run_directory_that_the_node_does_not_see(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
-    stage.script(make_spec())
-    elsewhere = Stage(tmp_path, "elsewhere")
-    script = elsewhere.script(make_spec())
-    script.write_text(script_of(make_spec(), tmp_path / "not-there"))
-    batch = elsewhere.start(make_spec())  # writes its own script over it
-    batch.communicate(timeout=30)
-    assert elsewhere.started
-    (elsewhere.run_dir / "batch.sh").rename(elsewhere.home / "batch.sh")
-    import subprocess
-
+    missing = tmp_path / "not-there"
+    script = tmp_path / "batch.sh"  # Slurm gives the script to the node, wherever it was
+    script.write_text(script_of(make_spec(), missing))
     env = {**os.environ, "SLURMD_NODENAME": "n7"}
-    argv = ["bash", str(elsewhere.home / "batch.sh")]
+    argv = ["bash", str(script)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 78
-    assert f"{elsewhere.run_dir} is not visible on node n7" in done.stderr
-    assert "--root" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    told = f"slurmfork: the run directory {missing} is not visible on node n7; put it on the shared file system"
+    assert done.stderr == f"{told} with --root\n"
+    assert not missing.exists()
 
 
 def test_what_an_earlier_attempt_left_is_not_this_ones(tmp_path: Path) -> None:
@@ -458,5 +455,5 @@ def test_a_macro_and_a_block_may_be_put_in_again(tmp_path: Path) -> None:
         "{% block a %}{{ twice(run_id) }}{% endblock %}\n{{ self.a() }}\n"
     )
     assert script_of(make_spec(), template=user_template(tmp_path, text)) == (
-        "grpo-abc234 grpo-abc234\ngrpo-abc234 grpo-abc234\n"
+        "grpo-abc234 grpo-abc234" * 2 + "\n"
     )

@@ -32,15 +32,15 @@ def caught(pid: int) -> int:
     return 0
 
 
-def in_words(code: int) -> str:
-    """An exit, with ``code`` as ``os.waitstatus_to_exitcode`` has it."""
+def in_words(code: int, *, ours: bool = False) -> str:
+    """An exit, with ``code`` as ``os.waitstatus_to_exitcode`` has it; ``ours``: we were stopping it."""
     if code >= 0:
         return f"exited with {code}" + {126: " (not executable?)", 127: " (command not found?)"}.get(code, "")
     try:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return f"killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+    return f"killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL and not ours else "")
 
 
 def tail(path: str | None, begin: int) -> str:
@@ -51,7 +51,7 @@ def tail(path: str | None, begin: int) -> str:
         return ""
     try:
         end = os.fstat(descriptor).st_size
-        start = max(begin if begin < end else 0, end - TAIL_BYTES) if end else 0
+        start = max(begin if begin <= end else 0, end - TAIL_BYTES) if end else 0
         data = os.pread(descriptor, TAIL_BYTES, start)
     except OSError:
         return ""

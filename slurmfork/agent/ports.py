@@ -41,7 +41,7 @@ class Ports:
         """Reserve ``count`` more ports for ``owner``; raises Refused, with none reserved, if they do not do."""
         found: list[int] = []
         start = random.randrange(len(self._choices))  # noqa: S311 (to spread, not to hide)
-        for offset in range(len(self._choices)):
+        for offset in range(len(self._choices) if count <= len(self._choices) else 0):
             if len(found) == count:
                 break
             port = self._choices[(start + offset) % len(self._choices)]

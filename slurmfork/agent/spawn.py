@@ -16,7 +16,11 @@ from slurmfork.process import Identity, identify
 
 
 class StartFailed(Exception):
-    """A worker could not be started; the message says why, in one line."""
+    """A worker could not be started; says why, and with what status a shell would have told it."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def open_log(path: Path) -> int:
@@ -44,7 +48,8 @@ def spawn(argv: Sequence[str], *, cwd: str, environment: Mapping[str, str], log:
             start_new_session=True,
         )
     except (OSError, ValueError) as error:
-        raise StartFailed(_reason(error, argv[0], cwd, environment)) from None
+        status = 127 if isinstance(error, FileNotFoundError) else 126  # as shells have it
+        raise StartFailed(_reason(error, argv[0], cwd, environment), status) from None
     started.returncode = 0  # the agent reaps its children itself: this object is not to wait for anything
     identity = identify(started.pid)
     assert identity is not None  # nobody has reaped it yet

@@ -16,6 +16,8 @@ from slurmfork.process import Identity, alive, describe, send
 
 KILL_BOUND_S = 5.0
 _ROUND_S = 0.05
+_QUICK_ROUNDS = 3
+_FREEZE_ROUNDS = 20
 _POLL_S = 0.005
 
 
@@ -118,6 +120,7 @@ class Stopping:
         self._signum = signum
         self._deadline = self._loop.time() + grace
         self._bound = KILL_BOUND_S
+        self._left: list[Identity] = []
         self._asked: set[Identity] = set()
         self._watch = Watch()
 
@@ -133,24 +136,38 @@ class Stopping:
             if self._leader is not None and self._watch.add(self._leader):
                 self._ask(self._leader)
                 await self._watch.quiet(lambda: self._deadline)
-            left = self._left()
-            while left and self._loop.time() < self._deadline:
-                for one in left:
-                    self._ask(one)
-                await self._watch.quiet(lambda: self._deadline)
-                left = self._left()
-            return await self._kill(left) if left else Outcome()
+            if await self._ask_the_rest():
+                return Outcome()
+            return await self._kill()
         finally:
             self._watch.close()
 
-    def _left(self) -> list[Identity]:
-        """Who is left, by a look that is newer than the last exit, and than the end of the grace."""
-        past = self._loop.time() >= self._deadline
-        newer_than = max(self._watch.last_end, self._deadline) if past else self._watch.last_end
-        return self._look(newer_than)
+    async def _ask_the_rest(self) -> bool:
+        """Ask each as it is found; True when nobody is left before the grace is over."""
+        rounds = 0
+        while self._look(self._watch.last_end):
+            if self._loop.time() >= self._deadline:
+                return False
+            for one in self._left:
+                self._ask(one)
+            await self._watch.quiet(lambda: self._deadline)
+            rounds += 1
+            if (
+                rounds > _QUICK_ROUNDS
+            ):  # it answers by forking: no need to run after it until it is to be killed
+                await asyncio.sleep(_ROUND_S)
+        return True
 
-    def _look(self, newer_than: float) -> list[Identity]:
-        return [one for one in self._look_up(newer_than) if self._watch.add(one)]
+    def _look(self, newer_than: float) -> bool:
+        """Note who is left, by a look that is newer than the last exit, and than the end of the grace.
+
+        True also where somebody was found but is gone before he could be watched: he may have left another.
+        """
+        if self._loop.time() >= self._deadline:
+            newer_than = max(newer_than, self._deadline)
+        found = list(self._look_up(newer_than))
+        self._left = [one for one in found if self._watch.add(one)]
+        return bool(found)
 
     def _ask(self, one: Identity) -> None:
         if one not in self._asked:
@@ -158,27 +175,29 @@ class Stopping:
             send(one, self._signum)
             send(one, signal.SIGCONT)  # who is stopped hears nothing else
 
-    async def _kill(self, left: list[Identity]) -> Outcome:
+    async def _kill(self) -> Outcome:
+        """SIGKILL, until a look finds nobody, for as long as the bound allows."""
         limit = self._loop.time() + self._bound
-        frozen = False
-        while left and self._loop.time() < limit:
-            if frozen:
-                left = self._freeze(left)
-            for one in left:
+        some, rounds = True, 0
+        while some and self._loop.time() < limit:
+            if rounds:
+                self._freeze()
+            for one in self._left:
                 send(one, signal.SIGKILL)
             end = min(limit, self._loop.time() + _ROUND_S)
             await self._watch.quiet(lambda until=end: until)  # type: ignore[misc]
-            left = self._look(end if self._loop.time() >= end else self._watch.last_end)
-            frozen = True
-        return Outcome(killed=True, survivors=[describe(one) for one in left])
+            await asyncio.sleep(0)
+            some = self._look(end if self._loop.time() >= end else self._watch.last_end)
+            rounds += 1
+        return Outcome(killed=True, survivors=[describe(one) for one in self._left])
 
-    def _freeze(self, left: list[Identity]) -> list[Identity]:
+    def _freeze(self) -> None:
         """Who forks faster than it is killed is stopped first: what is stopped has no more children."""
         seen: set[Identity] = set()
-        for _ in range(10):
-            new = [one for one in left if one not in seen and send(one, signal.SIGSTOP)]
-            if not new:
+        for _ in range(_FREEZE_ROUNDS):
+            new = [one for one in self._left if one not in seen and send(one, signal.SIGSTOP)]
+            if not new and seen:
                 break
             seen.update(new)
-            left = self._look(self._loop.time())
-        return list(seen | set(left))
+            self._look(self._loop.time())
+        self._left = list(seen.union(self._left))

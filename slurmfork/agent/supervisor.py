@@ -86,7 +86,7 @@ class Supervisor:
         workers = [Worker(order, self._site) for order in orders]
         for worker in workers:  # from here on the names are taken
             self._workers[worker.name] = worker
-        failed: dict[str, str] = {}
+        failed: dict[str, StartFailed] = {}
         for worker in workers:
             self._try(worker.prepare, worker.name, failed)
         if not failed:
@@ -111,21 +111,22 @@ class Supervisor:
                 raise Refused(f"worker {name} runs already on node {self._site.node.name}", "in_use")
 
     @staticmethod
-    def _try(step: Callable[[], None], name: str, failed: dict[str, str]) -> None:
+    def _try(step: Callable[[], None], name: str, failed: dict[str, StartFailed]) -> None:
         try:
             step()
         except StartFailed as error:
-            failed[name] = str(error)
+            failed[name] = error
 
     async def _note(
-        self, records: Sequence[journal.Record], workers: list[Worker], failed: dict[str, str]
+        self, records: Sequence[journal.Record], workers: list[Worker], failed: dict[str, StartFailed]
     ) -> None:
         try:
             await self._site.ledger.write(*records)
         except OSError as error:
-            failed.update({worker.name: f"the journal cannot be written: {error}" for worker in workers})
+            why = StartFailed(f"the journal cannot be written: {error}")
+            failed.update({worker.name: why for worker in workers})
 
-    async def _roll_back(self, workers: list[Worker], failed: dict[str, str]) -> None:
+    async def _roll_back(self, workers: list[Worker], failed: dict[str, StartFailed]) -> None:
         """Stop those that did start, free all the names, and say why."""
         await asyncio.gather(*(worker.stop() for worker in workers if worker.live))
         culprits = ", ".join(failed)
@@ -133,7 +134,8 @@ class Supervisor:
         for worker in workers:
             self._workers.pop(worker.name, None)
             if worker.name in failed:
-                views.insert(0, worker.never_started(WorkerState.FAILED, failed[worker.name]))
+                why = failed[worker.name]
+                views.insert(0, worker.never_started(WorkerState.FAILED, str(why), why.status))
             else:
                 views.append(
                     worker.never_started(WorkerState.STOPPED, f"not started, for {culprits} could not be")

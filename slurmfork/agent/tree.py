@@ -94,17 +94,12 @@ class Trees:
         if not self._may_have(worker):
             return []
         self._see(newer_than)
-        found = self._running(self._roots(worker), worker)
-        if not found and any(pid not in self._census for pid in process.children(os.getpid())):
-            # The list of /proc is not of one moment: who is born behind its back is missed, his parent gone.
-            self._see(self._clock())
-            found = self._running(self._roots(worker), worker)
-        return found
+        return self._running(self._roots(worker), worker) or self._newborn(worker)
 
     def everything(self, newer_than: float) -> list[Identity]:
         """All that runs below the agent, nobody's orphans included."""
         self._see(newer_than)
-        return self._running(self._orphans_and_leaders(), None)
+        return self._running(self._orphans_and_leaders(), None) or self._newborn(None)
 
     def survey(self) -> dict[str, list[Identity]]:
         """All that runs of each worker but its own process, to be remembered."""
@@ -158,6 +153,21 @@ class Trees:
                 found.append(Identity(pid, entry.start_time, boot_id()))
         return found
 
+    def _newborn(self, worker: str | None) -> list[Identity]:
+        """Children of the agent that are younger than the census, and the worker's (None: anybody's).
+
+        The list of /proc is not of one moment: who forks and leaves all the time is never in it. One that is gone
+        again when it is looked at is listed too: who it was is not known, so this look has not found nothing.
+        """
+        found = []
+        for pid in process.children(os.getpid()):
+            if pid in self._census or pid in self._leaders or (one := process.identify(pid)) is None:
+                continue
+            owner = self._by_session(pid) or self._by_tag(pid) or self._by_log(pid)
+            if worker in (None, owner) or (owner is None and not process.alive(one)):
+                found.append(one)
+        return found
+
     def _is_there(self, pid: int, start_time: int) -> bool:
         entry = self._census.get(pid)
         return entry is not None and entry.start_time == start_time
@@ -168,6 +178,12 @@ class Trees:
         if worker := self._leaders.get(pid) or self._owners.get((pid, entry.start_time)):
             return worker
         return self._sessions.get(entry.session) or self._by_tag(pid) or self._by_log(pid)
+
+    def _by_session(self, pid: int) -> str | None:
+        try:
+            return self._sessions.get(os.getsid(pid))
+        except OSError:
+            return None
 
     def _by_tag(self, pid: int) -> str | None:
         found = process.environ(pid) or {}

@@ -200,11 +200,12 @@ class Worker:
                 exit_status=self.view.exit_status,
             )
         )
-        log.info("%s ended: %s", self.name, in_words(code))
+        words = in_words(code, ours=self._stopping is not None)
+        log.info("%s ended: %s", self.name, words)
         self._leader = None
         self._reaped.set()
         if self._winding_up is None and self.view.state in LIVE_STATES:
-            self._fall(in_words(code), well=code == 0)
+            self._fall(words, well=code == 0)
         elif self._stopping is None or not self._stopped:
             self._site.tell(self.view)  # its state was settled before, its exit status was not known
 
@@ -343,10 +344,11 @@ class Worker:
         """Whether its process has a handler for this signal."""
         return self._leader is not None and bool(caught(self._leader.pid) >> (signum - 1) & 1)
 
-    def never_started(self, state: WorkerState, reason: str) -> WorkerView:
+    def never_started(self, state: WorkerState, reason: str, status: int | None = None) -> WorkerView:
         """Its start was taken back; returns how that is to be told."""
         self.discard()
         self.view.state, self.view.reason, self.view.ended = state, reason, time.time()
+        self.view.exit_status = status
         return self.view
 
 

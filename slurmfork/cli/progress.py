@@ -103,7 +103,7 @@ def until(run: Run, goal: str, shown: Face, timeout: float | None = None) -> Run
     """Wait until the run is ``ready`` (or over) or ``done``; raises Late after ``timeout`` seconds."""
     deadline = None if timeout is None else time.monotonic() + timeout
     for status in run.progress(deadline):
-        shown.show(status)
         if status.over or (goal == "ready" and status.state is RunState.READY):
             return status
+        shown.show(status)
     raise Late(f"{run.run_id} is not {goal} after {output.span(timeout or 0)}; it goes on")

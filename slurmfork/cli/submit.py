@@ -109,7 +109,7 @@ def _submitted(run: Run, status: RunStatus | None) -> dict[str, Any]:
 
 def _next_steps(run: Run, *, ready: bool) -> None:
     first = f"slurmfork ps {run.run_id}" if ready else f"slurmfork wait {run.run_id} --for ready"
-    output.say(f"next: {first} | slurmfork logs {run.run_id} -f | slurmfork cancel {run.run_id}")
+    output.say(f"next: `{first}`, `slurmfork logs {run.run_id} -f`, `slurmfork cancel {run.run_id}`")
 
 
 @verb(

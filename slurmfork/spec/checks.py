@@ -6,9 +6,9 @@ Touches no file but to see whether a template of the user's own is there.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
-from pathlib import Path
 
 from msgspec.structs import replace
 
@@ -28,7 +28,7 @@ _UNSTOPPABLE = ("KILL", "STOP")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def check(spec: Spec, report: Report, base: Path) -> None:
+def check(spec: Spec, report: Report, base: str) -> None:
     """Report every breach. ``base``: the directory that a relative template is in."""
     if not names.NAME_PATTERN.fullmatch(spec.name):
         report.add("name", f"{short(spec.name)} is not a name: {_NAME_RULE}")
@@ -43,12 +43,12 @@ def check(spec: Spec, report: Report, base: Path) -> None:
     _cycles(spec, report)
 
 
-def settle(spec: Spec, base: Path) -> Spec:
+def settle(spec: Spec, base: str) -> Spec:
     """The resolved form of a spec that has no problems: defaults that depend on others, absolute paths."""
     roles = {name: _settle_role(role) for name, role in spec.roles.items()}
     slurm = dict(spec.slurm)
     if sbatch.TEMPLATE in slurm:
-        slurm[sbatch.TEMPLATE] = str(_template(slurm[sbatch.TEMPLATE], base))
+        slurm[sbatch.TEMPLATE] = _template(slurm[sbatch.TEMPLATE], base)
     return replace(spec, roles=roles, slurm=slurm)
 
 
@@ -92,7 +92,7 @@ def _secrets(spec: Spec, report: Report) -> None:
 # --- slurm -------------------------------------------------------------------------------------------------
 
 
-def _slurm(spec: Spec, report: Report, base: Path) -> None:
+def _slurm(spec: Spec, report: Report, base: str) -> None:
     for key, value in spec.slurm.items():
         path = f"slurm.{key}"
         if reason := sbatch.REFUSED.get(key):
@@ -119,15 +119,15 @@ def _unknown_option(key: str, path: str, report: Report) -> None:
     report.add(path, f"sbatch has no option {short(key)}{hint}", at=report.where(path))
 
 
-def _template_exists(spec: Spec, report: Report, base: Path) -> None:
+def _template_exists(spec: Spec, report: Report, base: str) -> None:
     if sbatch.TEMPLATE in spec.slurm:
         path = _template(spec.slurm[sbatch.TEMPLATE], base)
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 (pathlib is slow to import)
             report.add("slurm.template", f"there is no file {path}")
 
 
-def _template(value: str, base: Path) -> Path:
-    return (base / Path(value).expanduser()).absolute()
+def _template(value: str, base: str) -> str:
+    return os.path.abspath(os.path.join(base, os.path.expanduser(value)))  # noqa: PTH100, PTH111, PTH118
 
 
 def _shape(spec: Spec, report: Report) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from slurmfork.errors import Problem, SpecError
 from slurmfork.spec import checks
@@ -43,7 +42,7 @@ def loads(
         laid.apply(top, override, report)
     if backend is not None:
         laid.lay(top, ["backend"], Scalar(backend, True, laid.BACKEND))
-    base = Path(file).parent if file else Path()
+    base = os.path.dirname(file or "")  # noqa: PTH120
     spec = None
     if root is not None:
         spec = convert(top, report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 from slurmfork.errors import Problem
@@ -52,6 +51,8 @@ class Report:
         """``; did you mean 'x'?``, or nothing where no name is near."""
         if len(self.problems) >= _SUGGESTIONS or len(word) > 64:
             return ""
+        import difflib  # only where something is wrong
+
         names = {_folded(name): name for name in known}
         near = difflib.get_close_matches(_folded(word), names, 1, 0.6)
         return f"; did you mean {names[near[0]]!r}?" if near else ""

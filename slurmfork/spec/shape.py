@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from slurmfork.spec.model import Spec
 
@@ -13,8 +14,7 @@ _GPU = re.compile(r"(?:gres[:/])?gpu(?::[0-9]*[^:,()0-9][^:,()]*)?(?::([0-9]{1,6
 _GPU_LIKE = re.compile(r"(?:gres[:/])?gpu(?:[:(]|$)")
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(Struct, frozen=True):
     """None: the spec does not say."""
 
     nodes: int | None = None

@@ -8,10 +8,10 @@ no input can exhaust the stack.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import yaml
+from msgspec import Struct, field
 
 from slurmfork.errors import Problem
 from slurmfork.spec.yamlsyntax import syntax_problem
@@ -36,19 +36,17 @@ _WORDS: dict[str, bool | None] = {
 }
 _LONGEST_NUMBER = 40
 _LONGEST_KEY = 256
-_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
-@dataclass(frozen=True)
-class Where:
+class Where(Struct, frozen=True):
     """A place in a file, or in what stands for one (``--set``)."""
 
     file: str | None = None
     line: int | None = None
 
 
-@dataclass(frozen=True)
-class Scalar:
+class Scalar(Struct, frozen=True):
     """One value: its text as written, and whether it is plain (unquoted), so that it may be a number."""
 
     text: str
@@ -60,16 +58,14 @@ class Scalar:
         return resolve(self.text) if self.plain else self.text
 
 
-@dataclass(frozen=True)
-class Listing:
+class Listing(Struct, frozen=True):
     """A sequence."""
 
     at: Where
     items: list[Node] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Mapping:
+class Mapping(Struct, frozen=True):
     """Keys and values; ``keys`` tells where each key stands."""
 
     at: Where
@@ -77,8 +73,7 @@ class Mapping:
     keys: dict[str, Where] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Broken:
+class Broken(Struct, frozen=True):
     """In place of a value for which a problem was reported already."""
 
     at: Where
@@ -126,8 +121,7 @@ def _loader() -> Any:
 # --- building the tree -------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Open:
+class _Open(Struct):
     """A list or mapping whose end has not come. ``key`` waits for its value; None: it is not usable."""
 
     node: Listing | Mapping

@@ -134,7 +134,8 @@ trap '[ -z "$slurmfork_head" ] || kill -USR1 "$slurmfork_head" 2>/dev/null' USR1
 ) &
 slurmfork_head=$!
 [ -z "$slurmfork_told" ] || kill -TERM "$slurmfork_head" 2>/dev/null
-# A signal interrupts `wait`; only the last one, when the head is gone, has its exit status.
+# A signal interrupts `wait`; only the last one, which none can interrupt, surely has the head's exit status.
 while kill -0 "$slurmfork_head" 2>/dev/null; do wait "$slurmfork_head"; done
+trap '' TERM USR1
 wait "$slurmfork_head"
 exit $?
