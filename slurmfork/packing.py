@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 _MOST_SIZES = 40  # roles that the careful filling looks at
 _MOST_STEPS = 5_000  # combinations that it looks at for one node
+_LARGE = 50_000  # roles times nodes, above which only the first two orders are tried
 
 
 @dataclass(frozen=True)
 class Demand:
     """What one role asks for. ``gpus`` and ``cpus`` are of a piece, ``cpus`` only what was declared.
 
-    ``pieces`` counts all of them, or with ``per_node`` those on every node; ``workers`` are in a piece.
+    ``pieces`` counts all of them, or with ``per_node`` those on every node; ``workers`` are in a piece, and
+    ``beside`` of its CPUs are for colocated ones.
     """
 
     role: str
@@ -26,6 +28,7 @@ class Demand:
     cpus: int = 0
     per_node: bool = False
     workers: int = 1
+    beside: int = 0
 
 
 @dataclass
@@ -86,6 +89,9 @@ def leftover(demands: Sequence[Demand], rooms: Sequence[Room]) -> dict[str, int]
 
 def _attempts(demands: list[Demand], rooms: list[Room]) -> Iterator[Counts | None]:
     yield _without_cpu_limits(demands, rooms)
+    if len(demands) * len(rooms) > _LARGE:
+        yield _fill(demands, rooms, _first)
+        return
     orders = [demands, sorted(demands, key=lambda d: (-d.cpus, -d.gpus, d.role)), _by_share(demands)]
     for order in orders:
         for choose in (_first, _fullest):
@@ -163,8 +169,14 @@ def _careful(demands: list[Demand], rooms: list[Room], choose: Choose) -> Counts
     left = [Room(room.gpus, room.cpus) for room in rooms]
     waiting = [demand.pieces for demand in sized]
     counts = {demand.role: [0] * len(rooms) for demand in sized}
+    known: dict[tuple[int, ...], list[int]] = {}  # most nodes are alike
     for i in choose(left):
-        for number, count in enumerate(_best(sized, waiting, left[i])):
+        room = left[i]
+        most = [min(count, room.holds(demand) or 0) for demand, count in zip(sized, waiting, strict=True)]
+        key = (room.gpus, -1 if room.cpus is None else room.cpus, *most)
+        if key not in known:
+            known[key] = _best(sized, most, room)
+        for number, count in enumerate(known[key]):
             counts[sized[number].role][i] = count
             waiting[number] -= count
             left[i].take(sized[number], count)
@@ -172,9 +184,8 @@ def _careful(demands: list[Demand], rooms: list[Room], choose: Choose) -> Counts
     return None if any(waiting) or rest is None else {**counts, **rest}
 
 
-def _best(demands: list[Demand], waiting: Sequence[int], room: Room) -> list[int]:
-    """How many pieces of each role to put into one room; bounded, the best that was seen."""
-    most = [min(count, room.holds(demand) or 0) for demand, count in zip(demands, waiting, strict=True)]
+def _best(demands: list[Demand], most: Sequence[int], room: Room) -> list[int]:
+    """How many pieces of each role, at most ``most``, to put into a room; bounded, the best that was seen."""
     forced = next((number for number, count in enumerate(most) if count), None)
     if forced is None:
         return [0] * len(demands)

@@ -15,7 +15,7 @@ from slurmfork.colocation import colocate
 from slurmfork.errors import PlanError
 from slurmfork.packing import Demand, Room, in_order, pack
 from slurmfork.placement import Node, Placement, Seat, numbered
-from slurmfork.shortage import explain, fewest, too_large
+from slurmfork.shortage import MOST_NODES, explain, fewest, too_large
 from slurmfork.spec.model import Role, Spec
 from slurmfork.spec.shape import Shape, node_shape
 
@@ -116,7 +116,7 @@ def _demand(name: str, role: Role, roles: Mapping[str, Role], children: Mapping[
     if count % workers:  # colocate() will say so; here it must only not get in the way
         workers, extra = 1, 0
     cpus = workers * (role.cpus or 0) + extra
-    return Demand(name, count // workers, workers * gpus, cpus, role.per_node is not None, workers)
+    return Demand(name, count // workers, workers * gpus, cpus, role.per_node is not None, workers, extra)
 
 
 def _piece(
@@ -180,7 +180,9 @@ def _fewest_nodes(demands: Sequence[Demand], gpus: int, cpus: int | None) -> int
     moving = [d for d in demands if not d.per_node]
     free = gpus - sum(d.gpus * d.pieces for d in demands if d.per_node)
     low = max(1, -(-sum(d.gpus * d.pieces for d in moving) // max(free, 1)))
-    high = max(low, sum(d.pieces for d in moving))
+    high = min(max(low, sum(d.pieces for d in moving)), MOST_NODES)
+    if low > high:
+        raise PlanError(f"the roles need at least {low:,} nodes of {gpus} GPUs; {high:,} is the most")
     found = fewest(low, high, lambda count: pack(demands, [room] * count) is not None)
     if found is None:
         raise PlanError(explain(demands, [room] * high))

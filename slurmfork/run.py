@@ -229,9 +229,9 @@ class Run:
         raise TimeoutError(f"run {self.run_id} is not {for_} after {timeout:g} s")
 
     def progress(self, deadline: float | None = None) -> Iterator[RunStatus]:
-        """The run's status whenever it changed (by the head's events) or may have (by the scheduler), to its end.
+        """The run's status whenever it changed (by the head's events) or may have (by the scheduler).
 
-        ``deadline`` is a time of time.monotonic(); after it the iteration stops.
+        Stops at the run's end, or at ``deadline``, a time of time.monotonic().
         """
         while deadline is None or time.monotonic() < deadline:
             status = self.status()
@@ -245,7 +245,7 @@ class Run:
                 self._await_change(SCHEDULER_POLL, deadline)
 
     def _follow(self, status: RunStatus, deadline: float | None) -> Iterator[RunStatus]:
-        """What the head says after ``status``; returns when it is silent: the scheduler is to be asked again."""
+        """What the head says after ``status``; returns when it is silent, for the scheduler to be asked."""
         patience = HEAD_PATIENCE
         if deadline is not None:
             patience = min(patience, max(0.01, deadline - time.monotonic()))
@@ -338,14 +338,13 @@ class Run:
     def _verify_without_head(self, reason: str) -> CancelReply:
         """The job never ran, or its head is gone: wait for the job's end, then look at what can be looked at."""
         deadline = time.monotonic() + END_PATIENCE
-        while time.monotonic() < deadline:
-            if end := self.rundir.read_record(self.rundir.end, EndRecord):
-                return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
-            if self.job is None or self.rundir.batch_status.exists() or self.backend.ended(self.rundir, self.job):
-                break
+        while not self._job_is_over():
+            if time.monotonic() >= deadline:
+                waited = f"within {END_PATIENCE:.0f} s"
+                raise StillAlive(f"the job {self.job_id} of run {self.run_id} has not ended {waited}")
             time.sleep(POLL)
-        else:
-            raise StillAlive(f"the job {self.job_id} of run {self.run_id} has not ended within {END_PATIENCE:.0f} s")
+        if end := self.rundir.read_record(self.rundir.end, EndRecord):
+            return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
         from slurmfork import aftermath
 
         after = aftermath.sweep_run(self.rundir)
@@ -364,6 +363,12 @@ class Run:
             unverified=record.unverified,
             details=after.survivors,
         )
+
+    def _job_is_over(self) -> bool:
+        """Whether the batch script is done, with its sweep, which comes after the head's own end record."""
+        if self.job is None or self.rundir.batch_status.exists():
+            return True
+        return self.backend.ended(self.rundir, self.job)
 
     def _await_file(self, path: Path, patience: float) -> None:
         until = time.monotonic() + patience

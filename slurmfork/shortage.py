@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from slurmfork.packing import Demand, Room, leftover, pack
 
-_MOST_NODES = 100_000
+MOST_NODES = 100_000
+_MOST_ROLES = 6  # named in a message
 
 
 def too_large(demands: Sequence[Demand], rooms: Sequence[Room]) -> str:
@@ -65,7 +66,8 @@ def _piece_too_large(demand: Demand, rooms: Sequence[Room]) -> str:
         return f"{who} {counted(demand.gpus, 'GPU')}; the largest node has {gpus}"
     cpus = max(room.cpus or 0 for room in rooms)
     if demand.cpus > cpus and all(room.cpus is not None for room in rooms):
-        return f"{who} {counted(demand.cpus, 'CPU')}, with what is colocated; the largest node has {cpus}"
+        beside = f" ({demand.beside} of them for what goes beside)" if demand.beside else ""
+        return f"{who} {counted(demand.cpus, 'CPU')}{beside}; the largest node has {cpus}"
     return f"{who} {counted(demand.gpus, 'GPU')} and {counted(demand.cpus, 'CPU')}; no node has both"
 
 
@@ -107,7 +109,7 @@ def _enough(demands: Sequence[Demand], rooms: Sequence[Room]) -> str:
     """How many nodes like these would do."""
     if len({(room.gpus, room.cpus) for room in rooms}) != 1:
         return ""
-    most = min(_MOST_NODES, len(rooms) + sum(demand.pieces for demand in demands))
+    most = min(MOST_NODES, len(rooms) + sum(demand.pieces for demand in demands))
     count = fewest(len(rooms) + 1, most, lambda n: pack(demands, [rooms[0]] * n) is not None)
     return f"; {counted(count, 'such node')} would do" if count else ""
 
@@ -130,6 +132,8 @@ def _sum(parts: Sequence[tuple[str, int, float]], thing: str) -> str:
     (role, count, size), *others = parts
     words = [f"{role} needs {count} × {size:g} {thing if size == 1 else thing + 's'}"]
     words += [f"{role} {count} × {size:g}" for role, count, size in others]
+    if len(words) > _MOST_ROLES:
+        words = [*words[:_MOST_ROLES], f"{len(words) - _MOST_ROLES} other roles their share"]
     text = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
     return f"{text} = {counted(round(sum(count * size for _, count, size in parts)), thing)}"
 

@@ -1,4 +1,4 @@
-"""Batch scripts for tests: rendered with any value in any place, and run with a harmless package in ours' place."""
+"""Batch scripts for tests: any value in any place, and run with a harmless package in the place of ours."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ LINE_BREAKS = {
 HEAD = """
 import json, os, signal, sys, time
 told = []
+def hear(number, frame):
+    told.append(number)
+    open(os.path.join(run_dir, "told." + signal.Signals(number).name), "w").close()
 for number in (signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, lambda number, frame: told.append(number))
+    signal.signal(number, hear)
 run_dir = os.environ["SLURMFORK_RUN_DIR"]
 with open(os.path.join(run_dir, "end.json"), "w") as file:
     file.write("{}")
@@ -51,8 +54,6 @@ want = [signal.Signals[name] for name in os.environ.get("HEAD_AWAITS", "").split
 end = time.monotonic() + 60
 while want and not all(told.count(one) >= want.count(one) for one in want) and time.monotonic() < end:
     time.sleep(0.01)
-with open(os.path.join(run_dir, "head.told"), "w") as file:
-    json.dump(told, file)
 sys.exit(int(os.environ.get("HEAD_STATUS", "0")))
 """
 SWEEP = """
@@ -82,7 +83,7 @@ def script_of(spec: Spec, run_dir: Path = Path("/shared/runs/grpo-abc234"), **gi
 
 
 class Stage:
-    """A run directory, an interpreter and a stand-in package, at whatever paths; runs scripts there for real."""
+    """A run directory, an interpreter and a stand-in package, at any paths; runs scripts there for real."""
 
     def __init__(self, home: Path, name: str = "stage") -> None:
         self.home = home / name

@@ -236,8 +236,7 @@ def _report(job: Job, cache: Cache) -> JobReport:
         return report_of(entry, cache.asked)
     now = time.time()
     if _is_recent(job, cache):
-        reason = f"submitted {max(0.0, now - job.submitted):.0f} s ago"
-        reason += f"; {cache.error}" if cache.error else ""
+        reason = cache.error or f"submitted {max(0.0, now - job.submitted):.0f} s ago"
     elif entry is not None:
         reason = f"Slurm has given the id {job.job_id} to another job since"
     else:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from slurmfork.spec import Spec
 
 _SUBMITTED = re.compile(r"^(\d+)(?:;(\S+))?$", re.MULTILINE)
+_PREFIX = re.compile(r"\bsbatch: (?:(?:error|fatal): )?")
 _NO_SLURM = "is this a Slurm login node? `--backend local` runs on this machine"
 _LOOK_S = 1.0
 
@@ -99,7 +100,7 @@ def _refusal(answer: Answer, request: Request) -> str:
     words = answer.words or f"sbatch printed no job id but {answer.output.strip()[:200]!r}"
     if "did not answer" in words:
         return f"{words}; it may have submitted the job: look at `squeue --me` before you try again"
-    return f"{words}{_hint(words, request)}"
+    return f"sbatch: {_PREFIX.sub('', words)}{_hint(words, request)}"
 
 
 def _hint(words: str, request: Request) -> str:

@@ -14,18 +14,8 @@ from slurmfork import names
 
 TIMEOUT_S = 60.0
 # What a shell inside of a job, or of a worker of ours, would hand on to the commands or to the new job.
-_SCRUBBED = (
-    "SLURM_",
-    "SLURMD_",
-    "SBATCH_",
-    "SRUN_",
-    "SQUEUE_",
-    "SACCT_",
-    "SCANCEL_",
-    "SINFO_",
-    "SCONTROL_",
-    "SALLOC_",
-)
+_PROGRAMS = "SLURM SLURMD SBATCH SRUN SALLOC SQUEUE SACCT SCANCEL SINFO SCONTROL SLURMFORK"
+_SCRUBBED = tuple(f"{program}_" for program in _PROGRAMS.split())
 _KEPT = ("SLURM_CONF", "SLURM_JWT")
 
 

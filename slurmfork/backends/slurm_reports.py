@@ -47,10 +47,17 @@ def report_of(entry: Entry, fresh: float) -> JobReport:
     return JobReport(
         state=state,
         word=entry.word,
-        reason=pending_reason(entry.reason) if state is RunState.PENDING else entry.reason,
+        reason=_reason(entry.reason, state),
         exit_status=entry.exit_status,
         nodes=entry.nodes,
         fresh=fresh,
         started=entry.started if begun else None,
         ended=entry.ended if state in ENDED_STATES else None,
     )
+
+
+def _reason(reason: str, state: RunState | None) -> str:
+    """A cancelled job still shows why it was pending once."""
+    if state is RunState.CANCELLED:
+        return ""
+    return pending_reason(reason) if state is RunState.PENDING else reason

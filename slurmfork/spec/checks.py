@@ -35,7 +35,7 @@ def check(spec: Spec, report: Report, base: str) -> None:
     _environment(spec.env, "env", report)
     _secrets(spec, report)
     _slurm(spec, report, base)
-    if not spec.roles:
+    if not spec.roles and report.sound("roles"):
         report.add("roles", "no roles; a spec needs at least one")
     for name, role in spec.roles.items():
         _role(name, role, spec, report)
@@ -250,10 +250,12 @@ def _colocated(name: str, role: Role, spec: Spec, report: Report) -> None:
         )
     elif target == name:
         report.add(here, "a role cannot go beside itself")
-    elif target not in spec.roles:
+    elif target not in spec.roles and report.sound(f"roles.{target}"):
         others = [other for other in spec.roles if other != name]
         hint = report.suggestion(target, others) or f"; the others are {', '.join(others[:10]) or 'none'}"
         report.add(here, f"there is no role {short(target)}{hint}")
+    elif target not in spec.roles:
+        return  # it is there, but could not be read
     elif role.autostart and not spec.roles[target].autostart and report.sound(f"roles.{target}.autostart"):
         report.add(
             here, f"{target} is not started by itself (autostart: false); add `autostart: false` here too"

@@ -47,7 +47,7 @@ class Restart(Section, kw_only=True, frozen=True):
 class Stop(Section, kw_only=True, frozen=True):
     """How a worker is asked to end, before SIGKILL to its whole tree."""
 
-    # TERM, INT, USR1 ...: a signal's name without SIG.
+    # A signal's name, with SIG or without: TERM, INT, USR1 ... (KILL follows by itself).
     signal: str = "TERM"
     # Seconds between that signal and SIGKILL.
     grace: Seconds = 10.0
@@ -60,7 +60,7 @@ class Strategy(Section, kw_only=True, frozen=True):
     type: Literal["separation", "colocation"] = "separation"
     # The role beside whose workers these are started (colocation only).
     target: str | None = None
-    # true: a process of its own beside the target. false is for engine roles only.
+    # true: a process of its own beside the target. false is for roles that host Python engines, not yet.
     fork: bool = True
 
 
@@ -68,29 +68,34 @@ class Role(Section, kw_only=True, frozen=True):
     """A named group of identical workers."""
 
     # A list of arguments, or one string for the shell. {port}, {ports}, {index}, {rank}, {role}, {worker},
-    # {node}, {run_id}, {run_dir} are filled in; write {{port}} for the text {port}.
+    # {node}, {run_id}, {run_dir} are filled in; write {{port}} for the text {port}. ${port} is the shell's.
     command: str | list[str]
-    # Workers in all. With colocation, left out: one for each group of targets that gives it its devices.
+    # Workers in all. Left out: 1, or with colocation one for each group of targets that gives it its devices.
     replicas: Positive | None = None
     # Workers on every node; in place of replicas.
     per_node: Positive | None = None
-    # GPUs of each worker. Left out: 0, or with colocation all those of its target.
+    # GPUs of each worker. Left out: 0, or with colocation all those of its target. With colocation also a
+    # part of the target's, or a multiple: then those of as many targets on one node.
     gpus: Count | None = None
-    # CPUs of each worker, to size the request and to pack. Left out: one per GPU.
+    # CPUs of each worker, to size the request and to pack. Left out: one per GPU, ignored by packing.
     cpus: Count | None = None
-    # Environment of these workers, over the run's.
+    # Environment of these workers, over the run's. Numbers and true become the text that they are written as.
     env: dict[str, str] = field(default_factory=dict)
     # Working directory, absolute. Left out: the directory of submission.
     cwd: str | None = None
     # Free TCP ports to reserve for each worker, in SLURMFORK_PORTS and as {port}.
     ports: Annotated[int, Meta(ge=0, le=64)] = 0
+    # When a worker is ready. Left out: as soon as it is started.
     ready: Ready | None = None
+    # Whether a worker that ended is started again.
     restart: Restart = field(default_factory=Restart)
+    # How a worker is asked to end.
     stop: Stop = field(default_factory=Stop)
     # end: a failed worker ends the run. ignore: it does not.
     on_failure: Literal["end", "ignore"] = "end"
-    # The run ends with this role, and with its exit status.
+    # The run ends with this role, and with its exit status. One role at most.
     main: bool = False
+    # Devices of its own, or those of another role.
     strategy: Strategy = field(default_factory=Strategy)
     # false: started by `slurmfork fork` (colocation only).
     autostart: bool = True
@@ -104,7 +109,9 @@ class Role(Section, kw_only=True, frozen=True):
 class Local(Section, kw_only=True, frozen=True, rename="kebab"):
     """What each node of the local backend offers. Left out: what this machine has."""
 
+    # GPUs of each node. Left out: those of this machine.
     gpus_per_node: Count | None = None
+    # CPUs of each node, which then limit how many workers it takes. Left out: not limited.
     cpus_per_node: Positive | None = None
 
 
@@ -117,17 +124,20 @@ class Spec(Section, kw_only=True, frozen=True):
     backend: Literal["local", "slurm"] = "slurm"
     # Nodes; left out: as few as the roles need.
     nodes: Positive | None = None
-    # Every long option of sbatch by its own name, and `template`: a template of your own.
+    # Every long option of sbatch by its own name; true for one that takes no value, a list is joined with
+    # commas. And `template`: the file of a batch script template of your own, relative to the spec.
     slurm: dict[str, Any] = field(default_factory=dict)
+    # What a node of the local backend offers.
     local: Local = field(default_factory=Local)
     # Shell lines before the agents start, on the first node.
     setup: str = ""
     # Environment of every worker.
     env: dict[str, str] = field(default_factory=dict)
-    # Names of variables whose values come from the submitter's environment, by a 0600 file.
+    # Names of variables whose values come from the submitter's environment, by a file that only you can read.
     secrets: list[str] = field(default_factory=list)
-    # auto | none: which containment a node must give (namespaces are not offered yet).
+    # Which containment a node gives: auto, the strongest that it has; none, no namespaces (not offered yet).
     isolation: Literal["auto", "none"] = "auto"
+    # The roles, by name: letters, digits, - and _; 40 at most.
     roles: dict[str, Role]
 
     def to_json(self) -> bytes:

@@ -47,7 +47,7 @@ def _value(text: str, path: str, report: Report) -> Node | None:
             report.add(path, "a NUL character cannot be passed to a process", at=SET)
             return None
         return Scalar(text, True, SET)
-    node, problems = parse(text, SET.file)
+    node, problems = parse(text, SET.file, lines=False)
     for problem in problems:
         report.add(path, problem.message, at=SET)
     return None if problems else node

@@ -44,7 +44,7 @@ def loads(
         laid.lay(top, ["backend"], Scalar(backend, True, laid.BACKEND))
     base = os.path.dirname(file or "")  # noqa: PTH120
     spec = None
-    if root is not None:
+    if isinstance(root, Mapping):
         spec = convert(top, report)
         checks.check(spec, report, base)
     if spec is None or report.problems:

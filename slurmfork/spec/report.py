@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from slurmfork.errors import Problem
 from slurmfork.spec.yamlnodes import Where
@@ -59,13 +60,19 @@ class Report:
 
     def in_order(self) -> list[Problem]:
         """The problems in the order of the file, those of the command line last."""
-        return sorted(self.problems, key=lambda problem: (problem.file != self.file, problem.line or 0))
+        problems = [replace(problem, path=_shown(problem.path)) for problem in self.problems]
+        return sorted(problems, key=lambda problem: (problem.file != self.file, problem.line or 0))
 
     def _mark(self, path: str) -> None:
         self._reported.add(path)
         while path:
             self._bad.add(path)
             path = _parent(path)
+
+
+def _shown(path: str) -> str:
+    """A path fit for one line of a terminal, whatever the keys in it are."""
+    return path if path.isprintable() else path.encode("unicode_escape").decode()
 
 
 def _folded(word: str) -> str:

@@ -36,6 +36,7 @@ _WORDS: dict[str, bool | None] = {
 }
 _LONGEST_NUMBER = 40
 _LONGEST_KEY = 256
+_MOST_PROBLEMS = 1000
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -97,13 +98,16 @@ def resolve(text: str) -> Value:
     return text
 
 
-def parse(text: str, file: str | None = None) -> tuple[Node | None, list[Problem]]:
-    """The root node (None where there is nothing, or nothing that can be read) and all problems found."""
+def parse(text: str, file: str | None = None, *, lines: bool = True) -> tuple[Node | None, list[Problem]]:
+    """The root node (None where there is nothing, or nothing that can be read) and all problems found.
+
+    ``lines`` false: the text is no file, so that lines would say nothing.
+    """
     if found := _UNPRINTABLE.search(text):
         line = text.count("\n", 0, found.start()) + 1
         what = "a NUL character" if found[0] == "\0" else f"the control character {found[0]!r}"
         return None, [Problem(f"{what}: a spec is plain text", line=line, file=file)]
-    builder = _Builder(file)
+    builder = _Builder(file, lines)
     try:
         for event in yaml.parse(text, Loader=_loader()):
             if not builder.take(event):
@@ -134,15 +138,19 @@ class _Open(Struct):
 class _Builder:
     """Takes parser events one by one; ``take`` answers whether to go on."""
 
-    def __init__(self, file: str | None) -> None:
+    def __init__(self, file: str | None, lines: bool) -> None:
         self.root: Node | None = None
         self.problems: list[Problem] = []
         self._file = file
+        self._lines = lines
         self._open: list[_Open] = []
         self._documents = 0
 
     def take(self, event: Any) -> bool:
-        at = Where(self._file, event.start_mark.line + 1)
+        at = Where(self._file, event.start_mark.line + 1 if self._lines else None)
+        if len(self.problems) > _MOST_PROBLEMS:
+            self._problem("too many mistakes to go on", at)
+            return False
         if isinstance(event, yaml.DocumentStartEvent):
             return self._begin_document(at)
         if isinstance(event, yaml.CollectionStartEvent):

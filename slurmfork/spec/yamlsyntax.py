@@ -22,6 +22,7 @@ _PLAIN_WORDS = (
         "found unknown escape",
         "an unknown escape in double quotes; write \\\\ for a backslash, or use single quotes",
     ),
+    ("found invalid Unicode character", "an escape in double quotes that stands for no character"),
     ("found undefined tag handle", "tags (!name) are not used in specs"),
 )
 _FITS_NOT = (

@@ -51,6 +51,7 @@ slurmfork_finish() {
   # On every node, if agents may have been started and the head has not ended in order: its last word is end.json.
   # (A step of its own, ended by `timeout` if a node does not answer.)
   if [ -n "$slurmfork_head" ] && [ ! -f "$SLURMFORK_RUN_DIR/end.json" ]; then
+    unset SLURM_GPUS SLURM_GPUS_PER_NODE # they would contradict --gres=none
     # shellcheck disable=SC2016
     timeout -k 5 60 "${slurmfork_srun[@]}" --gres=none bash -c 'exec "$@" --node "$SLURMD_NODENAME"' sweep \
       "$slurmfork_python" -I "$slurmfork_package/sweep.py" --run-dir "$SLURMFORK_RUN_DIR" --grace 2 \
