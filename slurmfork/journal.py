@@ -110,8 +110,12 @@ class Journal:
             self.close()
             raise
 
-    def append(self, *records: Record) -> None:
-        """Write the records and have them on the disk when this returns; raises OSError."""
+    def append(self, *records: Record, sync: bool = True) -> None:
+        """Write the records and have them, and all before them, on the disk when this returns; raises OSError.
+
+        Without ``sync`` they are only where every process of this node sees them, whoever dies: what the record
+        of an intent is for. (If the node itself dies, so does all that was started on it.)
+        """
         data = b"".join(_encoder.encode(record) + b"\n" for record in records)
         if self._torn:  # the last line was cut short: let it not spoil this one
             data = b"\n" + data
@@ -119,6 +123,11 @@ class Journal:
         self._torn = written < len(data) and (written > 0 or self._torn)
         if written < len(data):
             raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes of the journal were written")
+        if sync:
+            self.sync()
+
+    def sync(self) -> None:
+        """Have all that was written on the disk; raises OSError."""
         os.fdatasync(self._descriptor)
 
     def close(self) -> None:

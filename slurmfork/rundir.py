@@ -200,8 +200,11 @@ class RunDir:
             raise RunDirError(f"{path} is damaged: {error}") from None
 
 
-def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Write ``data`` beside ``path`` and rename it there; the mode holds whatever the umask is."""
+def replace_file(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
+    """Write ``data`` beside ``path`` and rename it there; the mode holds whatever the umask is.
+
+    ``durable``: on the disk before it is renamed. What is written again soon need not be.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
@@ -209,7 +212,8 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             os.fchmod(descriptor, mode)
             file.write(data)
             file.flush()
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

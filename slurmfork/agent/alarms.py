@@ -21,7 +21,8 @@ Told = Callable[[str, int], None]
 def listen(told: Told, *, pass_on: Callable[[int], None], reap: Callable[[], None]) -> None:
     """Hear of signals from now on: ``told(reason, exit_status)`` to end, ``pass_on`` of those for workers."""
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGCHLD, reap)
+    # uvloop keeps SIGCHLD from add_signal_handler, but runs a plain handler as soon as the signal comes.
+    signal.signal(signal.SIGCHLD, lambda number, frame: loop.call_soon_threadsafe(reap))
     for number in ENDING_SIGNALS:
         reason = f"{number.name} (scancel, a time limit, or somebody's kill)"
         loop.add_signal_handler(number, told, reason, 128 + number)

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 WRITE_TIMEOUT_S = 30.0
 
-_Entry = tuple[tuple[Record, ...], "asyncio.Future[None] | None"]
+_Entry = tuple[tuple[Record, ...], "asyncio.Future[None] | None", bool]
 
 
 class Ledger:
@@ -30,18 +30,18 @@ class Ledger:
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
 
-    async def write(self, *records: Record) -> None:
-        """Have the records on the disk; raises OSError where they are not, or not in time."""
+    async def write(self, *records: Record, sync: bool = True) -> None:
+        """Have the records in the journal, with ``sync`` on the disk; raises OSError if not, or not in time."""
         done: asyncio.Future[None] = self._loop.create_future()
-        self._queue.put((records, done))
+        self._queue.put((records, done, sync))
         try:
             await asyncio.wait_for(done, WRITE_TIMEOUT_S)
         except asyncio.TimeoutError:
             raise OSError(f"the journal was not written within {WRITE_TIMEOUT_S:g} s") from None
 
     def later(self, *records: Record) -> None:
-        """Write the records when the disk has time; a failure is logged."""
-        self._queue.put((records, None))
+        """Write the records without waiting for the disk; a failure is logged."""
+        self._queue.put((records, None, False))
 
     async def close(self, timeout: float) -> None:
         """Write what is still to be written, for ``timeout`` seconds at most."""
@@ -51,13 +51,16 @@ class Ledger:
 
     def _work(self) -> None:
         while (entry := self._queue.get()) is not None:
-            records, done = entry
+            records, done, sync = entry
             try:
-                self._journal.append(*records)
+                self._journal.append(*records, sync=sync)
             except OSError as error:
                 self._tell(done, error)
             else:
                 self._tell(done, None)
+                if not sync and done is not None:  # while the process starts, so that its own record waits less
+                    with contextlib.suppress(OSError):  # the record that follows will say so
+                        self._journal.sync()
         self._journal.close()
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._finished.set)

@@ -90,7 +90,7 @@ class Supervisor:
         for worker in workers:
             self._try(worker.prepare, worker.name, failed)
         if not failed:
-            await self._note([worker.intent() for worker in workers], workers, failed)
+            await self._note([worker.intent() for worker in workers], workers, failed, sync=False)
         for worker in workers if not failed else ():
             self._try(worker.launch, worker.name, failed)
             if failed:
@@ -118,10 +118,15 @@ class Supervisor:
             failed[name] = error
 
     async def _note(
-        self, records: Sequence[journal.Record], workers: list[Worker], failed: dict[str, StartFailed]
+        self,
+        records: Sequence[journal.Record],
+        workers: list[Worker],
+        failed: dict[str, StartFailed],
+        *,
+        sync: bool = True,
     ) -> None:
         try:
-            await self._site.ledger.write(*records)
+            await self._site.ledger.write(*records, sync=sync)
         except OSError as error:
             why = StartFailed(f"the journal cannot be written: {error}")
             failed.update({worker.name: why for worker in workers})

@@ -136,7 +136,6 @@ class Worker:
         self.view.pid, self.view.started = leader.pid, time.time()
         self.view.ready = self.view.ended = self.view.exit_status = None
         self.view.log_tail = ""
-        log.info("%s started: pid %d", self.name, leader.pid)
         if self.order.ready is None:
             self._become(WorkerState.RUNNING)
         else:
@@ -180,7 +179,8 @@ class Worker:
 
     def _become(self, state: WorkerState, reason: str = "") -> None:
         if (state, reason) != (self.view.state, self.view.reason):
-            log.info("%s is %s%s", self.name, state, f": {reason}" if reason else "")
+            process = f", pid {self.view.pid}" if self.view.pid else ""
+            log.info("%s is %s%s%s", self.name, state, process, f": {reason}" if reason else "")
         self.view.state, self.view.reason = state, reason
         self._site.tell(self.view)
 
@@ -277,7 +277,7 @@ class Worker:
             return False
         self._next_start()
         try:
-            await self._site.ledger.write(self.intent())
+            await self._site.ledger.write(self.intent(), sync=False)
             self.view.restarts += 1
             self.launch()
         except OSError as error:

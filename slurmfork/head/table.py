@@ -16,10 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from slurmfork.errors import RunDirError
 from slurmfork.messages import Event, NodeView, StatusView, WorkerCounts, WorkerView
 from slurmfork.names import LIVE_STATES, UP_STATES, RunState, WorkerState
-from slurmfork.rundir import RunDir
+from slurmfork.rundir import RunDir, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +170,8 @@ class Table:
                 os.write(descriptor, b"".join(msgspec.json.encode(entry) + b"\n" for entry in events))
             finally:
                 os.close(descriptor)
-            self._rundir.write(self._rundir.status, status)
-        except (OSError, RunDirError) as error:
+            replace_file(self._rundir.status, status, durable=False)
+        except OSError as error:
             log.warning("status could not be saved: %s", error)
 
     async def close(self) -> None:
