@@ -110,7 +110,7 @@ class Client:
                 raise _refusal(response.status, response.read())
             while line := response.readline():
                 yield msgspec.json.decode(line, type=Event)
-        except socket.timeout:
+        except TimeoutError:
             raise TimeoutError from None
         except (OSError, http.client.HTTPException):
             return  # the head is gone: so is the stream
@@ -120,7 +120,14 @@ class Client:
     # --- transport
 
     def _ask(
-        self, method: str, path: str, body: Any, kind: type[T], *, timeout: float = READ_TIMEOUT, repeat: bool = False
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        kind: type[T],
+        *,
+        timeout: float = READ_TIMEOUT,
+        repeat: bool = False,
     ) -> T:
         data = None if body is None else msgspec.json.encode(body)
         status, answer = self._exchange(method, path, data, timeout, repeat=repeat or method == "GET")
@@ -134,7 +141,7 @@ class Client:
         fresh = self._connection is None
         try:
             return self._once(method, path, data, timeout)
-        except socket.timeout:
+        except TimeoutError:
             self.close()
             raise Unreachable(f"the head of run {self._run_id} did not answer within {timeout:.0f} s") from None
         except (OSError, http.client.HTTPException) as error:

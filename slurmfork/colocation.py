@@ -91,9 +91,7 @@ def _groups_on(role: str, gpus: int, node: str, targets: Sequence[Beside]) -> li
     devices: set[int] = set()
     for target in targets:
         if not target.gpus:
-            raise PlanError(
-                f"{role} asks {counted(gpus, 'GPU')}, but {target.worker}, which it goes beside, has none"
-            )
+            raise PlanError(f"{role} asks {counted(gpus, 'GPU')}, but {target.worker}, which it goes beside, has none")
         if not devices.isdisjoint(target.gpus):
             raise PlanError(
                 f"{role} asks {counted(gpus, 'GPU')}, more than {target.worker} has, and the next share those"
@@ -114,9 +112,7 @@ def _uneven(role: str, gpus: int, node: str, targets: Sequence[Beside]) -> str:
     size = len(targets[0].gpus)
     kind = targets[0].worker.rpartition("/")[0]
     if gpus % size:
-        return (
-            f"{role} asks {counted(gpus, 'GPU')}, which is no multiple of the {size} of each worker of {kind}"
-        )
+        return f"{role} asks {counted(gpus, 'GPU')}, which is no multiple of the {size} of each worker of {kind}"
     group = gpus // size
     return (
         f"{role} asks {gpus} GPUs, those of {group} workers of {kind} on one node; "

@@ -87,18 +87,14 @@ def end_all(
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Put off what ends this process: between freezing and killing, it would leave the frozen behind."""
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _kill_round(
-    find: Callable[[], Iterable[Identity]], told: dict[Identity, str], deadline: float
-) -> set[Identity]:
+def _kill_round(find: Callable[[], Iterable[Identity]], told: dict[Identity, str], deadline: float) -> set[Identity]:
     """Freeze each process the moment that it is found, look again until none is new, and kill them all.
 
     What is frozen neither forks nor answers for others, so what lies below it cannot change any more.

@@ -98,9 +98,8 @@ class Link:
             task = asyncio.ensure_future(self._serve(frame))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        elif future := self._waiting.get(frame.id):
-            if not future.done():
-                future.set_result(frame)
+        elif (future := self._waiting.get(frame.id)) and not future.done():
+            future.set_result(frame)
 
     async def _serve(self, frame: Frame) -> None:
         try:

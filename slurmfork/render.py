@@ -65,11 +65,7 @@ def render(
         raise
     except Exception as error:  # a template can do whatever Python can
         file, line = _place(error)
-        words = (
-            str(error)
-            if isinstance(error, (jinja2.TemplateError, Unfit))
-            else f"{type(error).__name__}: {error}"
-        )
+        words = str(error) if isinstance(error, (jinja2.TemplateError, Unfit)) else f"{type(error).__name__}: {error}"
         raise SpecError([Problem(words, line=line, file=file)]) from None
 
 
@@ -123,9 +119,7 @@ def _finalize(value: Any) -> Any:
     """Jinja2 calls it for every `{{ ... }}`."""
     if isinstance(value, (Fit, int, jinja2.Undefined)):
         return value
-    raise Unfit(
-        f"the value {str(value)[:40]!r} needs a filter: |sh for the shell, |sbatch_value in #SBATCH lines"
-    )
+    raise Unfit(f"the value {str(value)[:40]!r} needs a filter: |sh for the shell, |sbatch_value in #SBATCH lines")
 
 
 def sh(value: object) -> Fit:

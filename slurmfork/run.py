@@ -1,9 +1,9 @@
 """Runs: submitting a spec, and the handle on what was submitted. What the CLI and Python users hold.
 
-    run = slurmfork.submit("grpo.yaml")
-    run.wait("ready")
-    run.fork("eval", target="rollout")
-    run.cancel()
+run = slurmfork.submit("grpo.yaml")
+run.wait("ready")
+run.fork("eval", target="rollout")
+run.cancel()
 """
 
 from __future__ import annotations
@@ -114,7 +114,12 @@ def _new_rundir(root: Path, name: str) -> RunDir:
 
 
 def _fill(
-    directory: RunDir, spec: Spec, script: str, record: RunRecord, secrets: dict[str, str], source: Path | None
+    directory: RunDir,
+    spec: Spec,
+    script: str,
+    record: RunRecord,
+    secrets: dict[str, str],
+    source: Path | None,
 ) -> None:
     directory.write(directory.spec, spec.to_json())
     directory.write(directory.script, script.encode(), executable=True)

@@ -74,9 +74,7 @@ def sweep(
     return report
 
 
-def _with_descendants(
-    roots: Iterable[Identity], seen: set[Identity], protected: frozenset[int]
-) -> Iterator[Identity]:
+def _with_descendants(roots: Iterable[Identity], seen: set[Identity], protected: frozenset[int]) -> Iterator[Identity]:
     """Each root and what is below it, once: what shed the tag may still have a parent that did not."""
     for root in roots:
         if root in seen or root.pid in protected:
@@ -113,9 +111,7 @@ def _journals(rundir: Path, node: str | None, notes: list[str]) -> list[Path]:
             notes.append(f"no journal was used: {path}: {error.strerror}")
             return []
         if not _is_private(facts):
-            raise RunDirError(
-                f"{path} is not a directory that only this user can write to; it is not believed"
-            )
+            raise RunDirError(f"{path} is not a directory that only this user can write to; it is not believed")
     if node is not None:
         return [here.journal(node)]
     return sorted(Path(entry.path) for entry in os.scandir(here.journals) if entry.name.endswith(".jsonl"))
@@ -139,13 +135,9 @@ def _job_id(rundir: Path) -> str | None:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sweep", description="End what is left of a run on this machine.")
-    parser.add_argument(
-        "--run-dir", type=Path, required=True, help="the run directory; its name is the run id"
-    )
+    parser.add_argument("--run-dir", type=Path, required=True, help="the run directory; its name is the run id")
     parser.add_argument("--node", help="only this node's processes")
-    parser.add_argument(
-        "--grace", type=float, default=DEFAULT_GRACE_S, help="seconds between SIGTERM and SIGKILL"
-    )
+    parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds between SIGTERM and SIGKILL")
     options = parser.parse_args(arguments)
     options.run_dir = options.run_dir.absolute()
     if not names.RUN_ID_PATTERN.fullmatch(options.run_dir.name):

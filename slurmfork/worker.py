@@ -149,9 +149,7 @@ class CurrentWorker:
 
     # --- transport
 
-    def _ask(
-        self, method: str, path: str, body: Any, kind: type[T], *, timeout: float = ANSWER_TIMEOUT_S
-    ) -> T:
+    def _ask(self, method: str, path: str, body: Any, kind: type[T], *, timeout: float = ANSWER_TIMEOUT_S) -> T:
         connection = _UnixConnection(self._environment[names.AGENT], timeout)
         data = b"" if body is None else msgspec.json.encode(body)
         try:
@@ -159,9 +157,7 @@ class CurrentWorker:
             response = connection.getresponse()
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise Unreachable(
-                f"the agent of this node does not answer: {error or type(error).__name__}"
-            ) from None
+            raise Unreachable(f"the agent of this node does not answer: {error or type(error).__name__}") from None
         finally:
             connection.close()
         if response.status != 200:

@@ -26,9 +26,7 @@ def demanded() -> bool:
 
 def outside_of_slurm() -> dict[str, str]:
     """This process's environment, without what a job around it or another cluster has put there."""
-    return {
-        k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_"))
-    }
+    return {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_"))}
 
 
 class MiniCluster:
@@ -64,9 +62,7 @@ class MiniCluster:
         assert done.returncode == 0, done.stderr
         self.env, self.nodes = {}, []
 
-    def run(
-        self, argv: list[str], *, limit_s: float = 60, check: bool = True
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, argv: list[str], *, limit_s: float = 60, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs a command against this cluster; its failure fails the test, with what it said."""
         done = self._run(argv, env=self.env, limit_s=limit_s)
         if check and done.returncode != 0:
@@ -77,9 +73,7 @@ class MiniCluster:
         argv = [sys.executable, str(SCRIPT), verb, "--name", self.name, *words]
         return self._run(argv, env=outside_of_slurm(), limit_s=limit_s)
 
-    def _run(
-        self, argv: list[str], *, env: dict[str, str], limit_s: float
-    ) -> subprocess.CompletedProcess[str]:
+    def _run(self, argv: list[str], *, env: dict[str, str], limit_s: float) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             argv,
             env=env,

@@ -35,7 +35,14 @@ def test_a_port_that_is_not_reserved_is_an_error_that_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["echo {run_dir}", 'echo "{run_dir}/x"', "echo '{run_dir}/x'", 'echo "a\'{run_dir}"', r"echo \'{run_dir}"]
+    "text",
+    [
+        "echo {run_dir}",
+        'echo "{run_dir}/x"',
+        "echo '{run_dir}/x'",
+        'echo "a\'{run_dir}"',
+        r"echo \'{run_dir}",
+    ],
 )
 def test_values_reach_a_shell_command_whole_however_they_are_quoted(text: str) -> None:
     argv = arguments(fill_shell(text, VALUES), VALUES, ENVIRONMENT)

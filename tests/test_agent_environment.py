@@ -59,13 +59,41 @@ def test_a_worker_is_told_who_and_where_it_is() -> None:
 
 
 def test_what_would_mislead_it_is_withheld_and_what_tells_of_the_job_stays() -> None:
-    misleading = (
-        "SLURM_PROCID SLURM_LOCALID SLURM_NTASKS SLURM_NPROCS SLURM_STEP_ID SLURM_STEPID SLURM_STEP_NUM_TASKS "
-        "SLURM_TASK_PID SLURM_CPU_BIND_LIST PMI_RANK PMIX_RANK OMPI_COMM_WORLD_RANK RANK WORLD_SIZE LOCAL_RANK "
-        "MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID SLURMFORK_HEAD SLURMFORK_GUARDIAN_GRACE NOTIFY_SOCKET "
-        "SLURMFORK_TARGET SLURMFORK_LOCAL_DEVICES HIP_VISIBLE_DEVICES"
-    ).split()
-    useful = "SLURM_JOB_ID SLURM_NODEID SLURM_JOB_NODELIST OMPI_MCA_btl PATH SLURM_CPUS_ON_NODE MY_RANK".split()
+    misleading = [
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_NTASKS",
+        "SLURM_NPROCS",
+        "SLURM_STEP_ID",
+        "SLURM_STEPID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_TASK_PID",
+        "SLURM_CPU_BIND_LIST",
+        "PMI_RANK",
+        "PMIX_RANK",
+        "OMPI_COMM_WORLD_RANK",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID",
+        "SLURMFORK_HEAD",
+        "SLURMFORK_GUARDIAN_GRACE",
+        "NOTIFY_SOCKET",
+        "SLURMFORK_TARGET",
+        "SLURMFORK_LOCAL_DEVICES",
+        "HIP_VISIBLE_DEVICES",
+    ]
+    useful = [
+        "SLURM_JOB_ID",
+        "SLURM_NODEID",
+        "SLURM_JOB_NODELIST",
+        "OMPI_MCA_btl",
+        "PATH",
+        "SLURM_CPUS_ON_NODE",
+        "MY_RANK",
+    ]
     assert sorted(inherited(dict.fromkeys(misleading + useful, "1"))) == sorted(useful)
 
 
@@ -103,7 +131,7 @@ def test_on_amd_cudas_variable_counts_within_what_rocr_leaves() -> None:
 
 
 def test_a_device_that_was_not_granted_is_an_error() -> None:
-    with pytest.raises(ValueError, match="device 2 .* granted 2"):
+    with pytest.raises(ValueError, match=r"device 2 .* granted 2"):
         environment.slice_of((0, 1), [2])
 
 
@@ -141,7 +169,11 @@ def test_the_guarantee_is_read_from_the_cgroup_that_slurm_kills_by(cgroups: str,
 
 
 def test_an_environment_that_no_head_made_is_refused(tmp_path: Path) -> None:
-    good = {"SLURMFORK_RUN_ID": "a-bcdefg", "SLURMFORK_RUN_DIR": str(tmp_path), "SLURMFORK_HEAD": "[::1]:5,10.0.0.1:6"}
+    good = {
+        "SLURMFORK_RUN_ID": "a-bcdefg",
+        "SLURMFORK_RUN_DIR": str(tmp_path),
+        "SLURMFORK_HEAD": "[::1]:5,10.0.0.1:6",
+    }
     found = here(good)
     assert found.heads == (("::1", 5), ("10.0.0.1", 6))
     assert found.cpus == len(os.sched_getaffinity(0))

@@ -191,7 +191,12 @@ async def test_a_journal_that_cannot_be_written_refuses_the_start(rig: Rig) -> N
         (["sh", "-c", "exit 3"], WorkerState.FAILED, 3, "exited with 3"),
         (["sh", "-c", "kill -SEGV $$"], WorkerState.FAILED, 139, "killed by SIGSEGV"),
         (["sh", "-c", "kill -KILL $$"], WorkerState.FAILED, 137, "killed by SIGKILL (out of memory?)"),
-        ("nothing-like-this; nothing-like-that", WorkerState.FAILED, 127, "exited with 127 (command not found?)"),
+        (
+            "nothing-like-this; nothing-like-that",
+            WorkerState.FAILED,
+            127,
+            "exited with 127 (command not found?)",
+        ),
     ],
 )
 async def test_an_exit_is_told_at_once_with_status_and_reason(

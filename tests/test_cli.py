@@ -33,9 +33,7 @@ PRINTS_DATA = {
 }  # fmt: skip
 GOOD = "name: good\nbackend: local\nroles:\n  a: {replicas: 3, command: [sleep, '9']}\n"
 BAD = "name: bad\nbackend: local\nrolls: {}\nroles:\n  a: {replica: 2, command: [sleep, '9']}\n"
-TOO_BIG = (
-    "name: big\nbackend: local\nnodes: 1\nlocal: {gpus-per-node: 1}\nroles:\n  a: {gpus: 2, command: [x]}\n"
-)
+TOO_BIG = "name: big\nbackend: local\nnodes: 1\nlocal: {gpus-per-node: 1}\nroles:\n  a: {gpus: 2, command: [x]}\n"
 
 
 class Said:
@@ -99,9 +97,7 @@ def make_run(
     rundir.write_record(rundir.record, record)
     rundir.write(rundir.spec, b'{"name": "demo", "backend": "local", "roles": {"a": {"command": ["x"]}}}')
     for view in workers:
-        rundir.worker_log(view.role, view.index).write_text(
-            f"first of {view.worker}\nlast of {view.worker}\n"
-        )
+        rundir.worker_log(view.role, view.index).write_text(f"first of {view.worker}\nlast of {view.worker}\n")
     if end is not None:
         node = NodeView(node="local0", joined=True, cpus=2, devices=["0", "1"])
         failed = sum(view.state is WorkerState.FAILED for view in workers)
@@ -117,9 +113,7 @@ def make_run(
     return rundir
 
 
-def ended(
-    state: RunState, *, ago: float = 30.0, status: int | None = None, reason: str = "so it was"
-) -> EndRecord:
+def ended(state: RunState, *, ago: float = 30.0, status: int | None = None, reason: str = "so it was") -> EndRecord:
     return EndRecord(state=state, reason=reason, exit_status=status, survivors=0, ended=time.time() - ago)
 
 
@@ -137,9 +131,7 @@ def test_help_shows_every_verb_and_imports_nothing_that_costs_time(root: Path) -
         "slow = {'click', 'rich', 'yaml', 'jinja2', 'msgspec', 'ssl'} & set(sys.modules);"
         "sys.exit(status or (f'imported: {slow}' if slow else 0))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     shown = re.findall(r"^  ([a-z]+)  ", done.stdout, re.MULTILINE)
     assert shown == [name for section in SECTIONS.values() for name in section]
@@ -271,9 +263,7 @@ def test_completion_knows_verbs_and_runs(root: Path) -> None:
             COMP_CWORD=str(len(words.split()) - 1),
         )
         argv = [sys.executable, "-m", "slurmfork"]
-        done = subprocess.run(
-            argv, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
-        )
+        done = subprocess.run(argv, env=env, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
         return [line.partition(",")[2] for line in done.stdout.splitlines()]
 
     assert complete("slurmfork st") == ["stop", "status"]
@@ -319,9 +309,7 @@ def test_what_does_not_fit_is_invalid(say: Any, tmp_path: Path) -> None:
 
 def test_plan(say: Any, tmp_path: Path) -> None:
     (tmp_path / "good.yaml").write_text(GOOD)
-    said = say(
-        "plan", "good.yaml", "--nodes", "2", "--gpus-per-node", "4", "--set", "roles.a.gpus=2", "--json"
-    )
+    said = say("plan", "good.yaml", "--nodes", "2", "--gpus-per-node", "4", "--set", "roles.a.gpus=2", "--json")
     assert [(w["worker"], w["node"], w["gpus"], w["rank"]) for w in said.document["workers"]] == [
         ("a/0", "node0", [0, 1], 0),
         ("a/1", "node0", [2, 3], 1),
@@ -370,12 +358,8 @@ def test_status_of_nothing(say: Any) -> None:
 
 
 def test_status_of_all_and_of_one(say: Any, root: Path) -> None:
-    failed = worker(
-        "a/0", WorkerState.FAILED, reason="exited with 7", exit_status=7, log_tail="why\nit failed"
-    )
-    make_run(
-        root, "demo-bbbbbb", age=50, end=ended(RunState.FAILED, status=7), workers=[failed, worker("a/1")]
-    )
+    failed = worker("a/0", WorkerState.FAILED, reason="exited with 7", exit_status=7, log_tail="why\nit failed")
+    make_run(root, "demo-bbbbbb", age=50, end=ended(RunState.FAILED, status=7), workers=[failed, worker("a/1")])
     make_run(root, "demo-aaaaaa", age=5000, end=ended(RunState.COMPLETED, status=0), job_id="4711")
     runs = say("status", "--json").document["runs"]
     assert [run["run_id"] for run in runs] == ["demo-aaaaaa", "demo-bbbbbb"]  # the newest last
@@ -419,9 +403,7 @@ def test_ps(say: Any, root: Path) -> None:
     shown = say("ps", "last", "--json").document["workers"]
     needed = {"worker", "role", "index", "node", "pid", "state", "target", "gpus", "ports", "restarts", "log"}
     assert needed | {"exit_status"} <= set(shown[0])
-    assert [w["worker"] for w in say("ps", "last", "--role", "eval", "--json").document["workers"]] == [
-        "eval/0"
-    ]
+    assert [w["worker"] for w in say("ps", "last", "--role", "eval", "--json").document["workers"]] == ["eval/0"]
     assert "0-2,5" in say("ps", "last").out
     said = say("ps", "last", "--role", "evil")
     assert said.status == 2
@@ -533,9 +515,7 @@ def test_logs_where_nobody_wrote(say: Any, root: Path) -> None:
         (RunState.TIMEOUT, None, 1),
     ],
 )
-def test_wait_exits_with_the_run_s_status(
-    say: Any, root: Path, state: RunState, own: int | None, status: int
-) -> None:
+def test_wait_exits_with_the_run_s_status(say: Any, root: Path, state: RunState, own: int | None, status: int) -> None:
     make_run(root, "demo-aaaaaa", end=ended(state, status=own))
     said = say("wait", "last")
     assert said.status == status
@@ -610,9 +590,7 @@ def test_clean_looks_only_at_what_is_over(say: Any, root: Path) -> None:
 
 def test_cancel_of_what_is_over_says_how_it_ended(say: Any, root: Path) -> None:
     make_run(root, "demo-aaaaaa", end=ended(RunState.COMPLETED))
-    left = EndRecord(
-        state=RunState.CANCELLED, reason="", exit_status=None, survivors=2, unverified=["n7"], ended=1.0
-    )
+    left = EndRecord(state=RunState.CANCELLED, reason="", exit_status=None, survivors=2, unverified=["n7"], ended=1.0)
     make_run(root, "demo-bbbbbb", end=left)
     assert say("cancel", "demo-a").out == "demo-aaaaaa: completed, 0 survivors\n"
     said = say("cancel", "demo-a", "--json")

@@ -37,9 +37,7 @@ def environment(yard: Yard, *, grace: float) -> dict[str, str]:
     }
 
 
-def start(
-    yard: Yard, *arguments: str, guardian: str = "guarded", grace: float = 0.2
-) -> subprocess.Popen[bytes]:
+def start(yard: Yard, *arguments: str, guardian: str = "guarded", grace: float = 0.2) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(STAND_IN), str(yard.directory), guardian, *arguments]
     return yard.run(command, env=environment(yard, grace=grace))
 

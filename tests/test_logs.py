@@ -66,9 +66,7 @@ def test_lines_wait_for_their_end(tmp_path: Path) -> None:
     assert list(lines.new(final=True)) == []
 
 
-def test_a_line_that_was_drawn_over_shows_what_was_drawn_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_line_that_was_drawn_over_shows_what_was_drawn_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"\r 10%\r 20%\r 30%\ncarriage\r\n")
     assert list(Lines(path).new()) == [b" 30%", b"carriage"]

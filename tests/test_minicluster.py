@@ -86,9 +86,7 @@ def test_up_again_keeps_the_same_shape_and_refuses_another(minicluster: Factory)
     assert cluster.status()["daemons"] == before
 
 
-def test_two_clusters_share_no_port_node_or_job(
-    minicluster: Factory, fresh: Callable[[], MiniCluster]
-) -> None:
+def test_two_clusters_share_no_port_node_or_job(minicluster: Factory, fresh: Callable[[], MiniCluster]) -> None:
     one, two = minicluster(nodes=2), fresh().up(nodes=1, gpus=0, min_job_age=7)
     job = one.run(["sbatch", "--parsable", "--output=/dev/null", "--wrap", "sleep 600"]).stdout.strip()
     assert one.run(["squeue", "-h", "-o", "%A"]).stdout.split() == [job]
@@ -182,8 +180,6 @@ def test_without_accounting_sacct_says_so(minicluster: Factory) -> None:
 
 def test_a_mistaken_option_is_refused() -> None:
     for words in (["--nodes", "0"], ["--name", "Bad Name"], ["--set", "novalue"]):
-        done = subprocess.run(
-            [sys.executable, SCRIPT, "up", *words], capture_output=True, text=True, timeout=30
-        )
+        done = subprocess.run([sys.executable, SCRIPT, "up", *words], capture_output=True, text=True, timeout=30)
         assert done.returncode == 2
         assert words[1] in done.stderr

@@ -52,9 +52,7 @@ def test_two_roles_share_nodes() -> None:
 
 def test_ranks_as_torchrun_has_them() -> None:
     placed = plan(made(t={"replicas": 6, "gpus": 1}), alike(2, 4))
-    assert [(p.worker, p.index, p.rank, p.world_size) for p in placed] == [
-        (f"t/{i}", i, i, 6) for i in range(6)
-    ]
+    assert [(p.worker, p.index, p.rank, p.world_size) for p in placed] == [(f"t/{i}", i, i, 6) for i in range(6)]
     assert [p.node_rank for p in placed] == [0, 0, 0, 0, 1, 1]
     assert [p.local_rank for p in placed] == [0, 1, 2, 3, 0, 1]
     assert [p.local_world_size for p in placed] == [4, 4, 4, 4, 2, 2]
@@ -206,9 +204,7 @@ def test_refused(spec: Spec, nodes: list[Node], message: str) -> None:
 
 
 def test_beside_each_target_on_its_devices() -> None:
-    placed = plan(
-        made(a={"replicas": 3, "gpus": 2}, e={"target": "a"}, f={"target": "e", "gpus": 0}), alike(2, 4)
-    )
+    placed = plan(made(a={"replicas": 3, "gpus": 2}, e={"target": "a"}, f={"target": "e", "gpus": 0}), alike(2, 4))
     assert seats(placed, "e") == seats(placed, "a")
     assert seats(placed, "f") == [("n0", ()), ("n0", ()), ("n1", ())]
     children = [p for p in placed if p.role == "e"]
@@ -260,9 +256,7 @@ def test_children_cycle_over_slices() -> None:
 def test_cpus_of_children_are_reckoned_with_the_target() -> None:
     spec = made(a={"replicas": 4, "gpus": 1, "cpus": 2}, e={"target": "a", "cpus": 2})
     assert counts(plan(spec, alike(2, 8, 8)), "a") == {"n0": 2, "n1": 2}
-    with pytest.raises(
-        PlanError, match=r"needs 4 CPUs \(2 of them for what goes beside\); the largest node has 3"
-    ):
+    with pytest.raises(PlanError, match=r"needs 4 CPUs \(2 of them for what goes beside\); the largest node has 3"):
         plan(spec, alike(2, 8, 3))
 
 
@@ -283,9 +277,7 @@ class Runs:
 def test_fork_beside_running_workers() -> None:
     role = Role(command="x", cpus=3)
     one = colocate("eval", role, [Runs("rollout/3", "n1", (3,))])
-    assert [(p.worker, p.node, p.gpus, p.rank, p.world_size, p.cpus) for p in one] == [
-        ("eval/0", "n1", (3,), 0, 1, 3)
-    ]
+    assert [(p.worker, p.node, p.gpus, p.rank, p.world_size, p.cpus) for p in one] == [("eval/0", "n1", (3,), 0, 1, 3)]
     targets = [Runs("rollout/0", "n0", (0,)), Runs("rollout/1", "n1", (0,))]
     placed = colocate("eval", role, targets, count=2)
     assert [(p.target, p.node) for p in placed] == [
@@ -378,9 +370,7 @@ def primaries(draw: st.DrawFn) -> dict[str, Role]:
     for name in draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4, unique=True)):
         many = draw(st.integers(1, 6))
         count = {"per_node": min(many, 2)} if draw(st.integers(0, 4)) == 0 else {"replicas": many}
-        found[name] = Role(
-            command="x", gpus=draw(st.none() | st.integers(0, 4)), cpus=draw(SOME_CPUS), **count
-        )
+        found[name] = Role(command="x", gpus=draw(st.none() | st.integers(0, 4)), cpus=draw(SOME_CPUS), **count)
     return found
 
 
@@ -453,9 +443,9 @@ def check(spec: Spec, nodes: Sequence[Node], placed: Sequence[Placement]) -> Non
 
 def _counted(spec: Spec) -> bool:
     """Whether the CPUs of what is colocated are known before packing: not beside per_node roles."""
-    return not any(
-        role.colocated and role.autostart and role.cpus for role in spec.roles.values()
-    ) or not any(role.per_node for role in spec.roles.values())
+    return not any(role.colocated and role.autostart and role.cpus for role in spec.roles.values()) or not any(
+        role.per_node for role in spec.roles.values()
+    )
 
 
 def check_role(name: str, role: Role, nodes: Sequence[Node], group: list[Placement]) -> None:
@@ -484,9 +474,7 @@ def check_role(name: str, role: Role, nodes: Sequence[Node], group: list[Placeme
 def test_a_plan_is_right_or_refused(spec: Spec, nodes: list[Node], chance: random.Random) -> None:
     names = list(spec.roles)
     chance.shuffle(names)
-    shuffled = Spec(
-        name="t", slurm=spec.slurm, nodes=spec.nodes, roles={name: spec.roles[name] for name in names}
-    )
+    shuffled = Spec(name="t", slurm=spec.slurm, nodes=spec.nodes, roles={name: spec.roles[name] for name in names})
     try:
         placed = plan(spec, nodes)
     except PlanError as error:

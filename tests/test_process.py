@@ -105,9 +105,7 @@ def test_a_name_full_of_parentheses_is_read(yard: Yard, tmp_path: Path) -> None:
     trap = tmp_path / "a) R 1 (b"
     trap.symlink_to("/bin/sleep")
     child = yard.run([str(trap), "60"])
-    wait_until(
-        lambda: trap.name in process.describe(process.identify(child.pid) or Identity(0, 0, "")), "exec"
-    )
+    wait_until(lambda: trap.name in process.describe(process.identify(child.pid) or Identity(0, 0, "")), "exec")
     assert os.getpid() in process.ancestors(child.pid)
     child.kill()
     child.wait()

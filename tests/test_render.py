@@ -34,9 +34,7 @@ def test_golden(tmp_path: Path, backend: str) -> None:
     path = GOLDEN / f"batch-{backend}.sh"
     if os.environ.get("SLURMFORK_WRITE_GOLDEN"):
         path.write_text(text)
-    assert text == path.read_text(), (
-        f"set SLURMFORK_WRITE_GOLDEN=1 to rewrite {path.name}, and read the difference"
-    )
+    assert text == path.read_text(), f"set SLURMFORK_WRITE_GOLDEN=1 to rewrite {path.name}, and read the difference"
 
 
 @pytest.mark.parametrize("backend", ["slurm", "local"])
@@ -231,9 +229,7 @@ def test_what_setup_exports_reaches_the_head(tmp_path: Path, backend: str) -> No
     ],
 )
 @pytest.mark.parametrize("backend", ["slurm", "local"])
-def test_failing_setup_fails_the_run_and_says_so(
-    tmp_path: Path, backend: str, setup: str, status: int
-) -> None:
+def test_failing_setup_fails_the_run_and_says_so(tmp_path: Path, backend: str, setup: str, status: int) -> None:
     stage = Stage(tmp_path)
     done = stage.run(make_spec(backend, setup=setup))
     assert done.returncode == stage.status == status
@@ -382,9 +378,7 @@ def test_a_run_directory_that_the_node_does_not_see(tmp_path: Path) -> None:
     argv = ["bash", str(script)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 78
-    told = (
-        f"slurmfork: the run directory {missing} is not visible on node n7; put it on the shared file system"
-    )
+    told = f"slurmfork: the run directory {missing} is not visible on node n7; put it on the shared file system"
     assert done.stderr == f"{told} with --root\n"
     assert not missing.exists()
 
@@ -467,6 +461,4 @@ def test_a_macro_and_a_block_may_be_put_in_again(tmp_path: Path) -> None:
         "{% macro twice(x) %}{{ x | sh }} {{ x | sh }}{% endmacro %}"
         "{% block a %}{{ twice(run_id) }}{% endblock %}\n{{ self.a() }}\n"
     )
-    assert script_of(make_spec(), template=user_template(tmp_path, text)) == (
-        "grpo-abc234 grpo-abc234" * 2 + "\n"
-    )
+    assert script_of(make_spec(), template=user_template(tmp_path, text)) == ("grpo-abc234 grpo-abc234" * 2 + "\n")

@@ -316,9 +316,7 @@ def test_a_new_job_is_not_known_before_the_next_asking_is_due(site: Site) -> Non
     wait_until(lambda: site.report(new, due).state is RunState.PENDING, "the next asking")
 
 
-def test_a_failing_squeue_leaves_the_last_answer_and_its_age(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_squeue_leaves_the_last_answer_and_its_age(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = site.submit("#SBATCH --hold\ntrue")
     before = Queue(None, directory=site.cache, interval=0).report([asked[1]])[asked[1].job_id]
     lines = 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1'
@@ -337,9 +335,7 @@ def test_an_empty_answer_is_not_the_end(site: Site, monkeypatch: pytest.MonkeyPa
     report = Queue(None, directory=site.cache, interval=0).report([asked[1]])[asked[1].job_id]
     assert report.state in (None, RunState.PENDING)
     early = Job(job_id=asked[1].job_id, submitted=asked[1].submitted - 60)
-    assert (
-        Queue(None, directory=site.cache, interval=0).report([early])[early.job_id].state is RunState.PENDING
-    )
+    assert Queue(None, directory=site.cache, interval=0).report([early])[early.job_id].state is RunState.PENDING
 
 
 def test_a_damaged_or_planted_answer_is_not_read(site: Site) -> None:
@@ -486,9 +482,7 @@ def test_one_agent_is_started_on_each_node_with_its_own_log(site: Site, name: st
     assert not list(site.home.glob("**/canary"))
 
 
-def test_the_submitters_own_job_does_not_leak_into_the_agents(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_submitters_own_job_does_not_leak_into_the_agents(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from a shell in a job: what would have srun refuse, or bind, or give nothing."""
     for name, value in {
         "SLURM_CPU_BIND": "mask_cpu:0x800",

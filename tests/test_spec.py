@@ -156,9 +156,7 @@ def test_core_tags_are_taken() -> None:
 
 
 def test_sections_without_value_are_left_out() -> None:
-    spec = loads(
-        "name: t\nenv:\nslurm: ~\nsecrets:\nnodes:\nroles: {a: {command: run, restart: , ready: null}}"
-    )
+    spec = loads("name: t\nenv:\nslurm: ~\nsecrets:\nnodes:\nroles: {a: {command: run, restart: , ready: null}}")
     assert (spec.env, spec.slurm, spec.secrets, spec.nodes, spec.roles["a"].ready) == ({}, {}, [], None, None)
 
 
@@ -174,9 +172,7 @@ def test_every_option_of_sbatch_is_known() -> None:
             pytest.fail(f"{option} is refused with a value and with true")
 
 
-@pytest.mark.parametrize(
-    "name", ["docs/examples/grpo.yaml", "docs/examples/quickstart.yaml", "docs/examples/ddp.yaml"]
-)
+@pytest.mark.parametrize("name", ["docs/examples/grpo.yaml", "docs/examples/quickstart.yaml", "docs/examples/ddp.yaml"])
 def test_examples(name: str) -> None:
     assert load(ROOT / name).roles
 
@@ -427,19 +423,14 @@ RULES = [
     (top("slurm: {cpus-per-task: 0}"), 2, "slurm.cpus-per-task", "must be 1 or more"),
     (top("slurm: {cpus-per-task: 4, cpus-per-gpu: 4}"), 2, "slurm.cpus-per-gpu", "asked for twice"),
     (top("slurm: {cpus-per-gpu: x, gres: gpu:2}"), 2, "slurm.cpus-per-gpu", "'x' is not a number"),
-    *(
-        (top(f"slurm: {{{key}: 1}}"), 2, f"slurm.{key}", f"{key} cannot be set: {why}")
-        for key, why in REFUSED.items()
-    ),
+    *((top(f"slurm: {{{key}: 1}}"), 2, f"slurm.{key}", f"{key} cannot be set: {why}") for key, why in REFUSED.items()),
 ]
 
 
 @pytest.mark.parametrize(
     ("text", "line", "path", "message"),
     [
-        pytest.param(
-            *case, id=f"{case[2]}: {case[3][:30]}".encode("ascii", "replace").decode().replace("\n", " ")
-        )
+        pytest.param(*case, id=f"{case[2]}: {case[3][:30]}".encode("ascii", "replace").decode().replace("\n", " "))
         for case in (*LEAVES, *KEYS, *YAML, *RULES)
     ],
 )
@@ -473,9 +464,7 @@ def test_all_problems_at_once_in_the_order_of_the_file() -> None:
         (None, "env.A B"),
     ]
     assert [problem.file for problem in found][-2:] == ["--set", "--set"]
-    with pytest.raises(
-        SpecError, match=r"^s\.yaml:1: nodes: expected a whole number, got the text 'eight'\n"
-    ):
+    with pytest.raises(SpecError, match=r"^s\.yaml:1: nodes: expected a whole number, got the text 'eight'\n"):
         loads(text, file="s.yaml")
 
 
@@ -705,9 +694,7 @@ def test_env_values_come_through(env: dict[str, str]) -> None:
 def imported(module: str) -> set[str]:
     """All modules that importing one brings with it."""
     script = f"import sys; old = set(sys.modules); import {module}; print(*set(sys.modules) - old)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

@@ -122,9 +122,7 @@ def test_what_is_spared_lives(yard: Yard, rundir: RunDir) -> None:
 
 
 def test_the_job_that_a_worker_submitted_lives(yard: Yard, rundir: RunDir) -> None:
-    record = RunRecord(
-        run_id=yard.run_id, name="x", backend="slurm", submitted=0.0, cwd="/", user="u", job_id="7"
-    )
+    record = RunRecord(run_id=yard.run_id, name="x", backend="slurm", submitted=0.0, cwd="/", user="u", job_id="7")
     rundir.write_record(rundir.record, record)
     yard.innocent("submitted", **yard.tag, SLURM_JOB_ID="8")
     yard.start("plain", env={**yard.tag, "SLURM_JOB_ID": "7"})
@@ -230,9 +228,7 @@ def plant_shared(path: Path) -> None:
 
 @pytest.mark.parametrize("node", [None, "n1"])
 @pytest.mark.parametrize("plant", [plant_link, plant_pipe, plant_directory, plant_shared])
-def test_a_planted_journal_is_not_believed(
-    yard: Yard, rundir: RunDir, plant: object, node: str | None
-) -> None:
+def test_a_planted_journal_is_not_believed(yard: Yard, rundir: RunDir, plant: object, node: str | None) -> None:
     one = yard.innocent("decoy")
     path = write(rundir, seen(one))
     assert callable(plant)

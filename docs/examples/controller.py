@@ -1,6 +1,6 @@
 """The Python API: submit a run, fork a role beside another while it runs, stop it, end the run.
 
-    python docs/examples/controller.py docs/examples/quickstart.yaml local
+python docs/examples/controller.py docs/examples/quickstart.yaml local
 """
 
 import sys

@@ -15,7 +15,9 @@ def main() -> None:
     rank = dist.get_rank()
     torch.manual_seed(0)
     true_weights = torch.randn(16, 1)
-    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1)))
+    model = DistributedDataParallel(
+        torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     torch.manual_seed(1 + rank)  # every rank has data of its own
     for step in range(int(os.environ.get("STEPS", "60"))):

@@ -18,12 +18,70 @@ _SHELL_TOKEN = re.compile(rf"\\.|['\"]|{_PLACEHOLDER.pattern}", re.DOTALL)
 
 # What bash itself understands as a first word, where a program of that name is not meant or may not exist.
 _BUILTINS = frozenset(
-    (
-        ". : [[ alias bg break builtin caller case cd command compgen complete continue coproc declare dirs "
-        "disown do enable eval exec exit export fc fg for function getopts hash help history if jobs let local "
-        "logout mapfile popd pushd read readarray readonly return select set shift shopt source suspend time "
-        "times trap type typeset ulimit umask unalias unset until wait while"
-    ).split()
+    [
+        ".",
+        ":",
+        "[[",
+        "alias",
+        "bg",
+        "break",
+        "builtin",
+        "caller",
+        "case",
+        "cd",
+        "command",
+        "compgen",
+        "complete",
+        "continue",
+        "coproc",
+        "declare",
+        "dirs",
+        "disown",
+        "do",
+        "enable",
+        "eval",
+        "exec",
+        "exit",
+        "export",
+        "fc",
+        "fg",
+        "for",
+        "function",
+        "getopts",
+        "hash",
+        "help",
+        "history",
+        "if",
+        "jobs",
+        "let",
+        "local",
+        "logout",
+        "mapfile",
+        "popd",
+        "pushd",
+        "read",
+        "readarray",
+        "readonly",
+        "return",
+        "select",
+        "set",
+        "shift",
+        "shopt",
+        "source",
+        "suspend",
+        "time",
+        "times",
+        "trap",
+        "type",
+        "typeset",
+        "ulimit",
+        "umask",
+        "unalias",
+        "unset",
+        "until",
+        "wait",
+        "while",
+    ]
 )
 
 
@@ -31,9 +89,7 @@ class BadCommand(ValueError):
     """The command cannot be made into arguments; the message says why."""
 
 
-def arguments(
-    command: str | list[str], values: Mapping[str, str], environment: Mapping[str, str]
-) -> list[str]:
+def arguments(command: str | list[str], values: Mapping[str, str], environment: Mapping[str, str]) -> list[str]:
     """What to execute. ``environment`` is the worker's; raises BadCommand."""
     if isinstance(command, str):
         return _of_text(fill_shell(command, values), environment)

@@ -25,9 +25,7 @@ _TASK = re.compile(
     |OMPI_(?:COMM_WORLD_\w+|UNIVERSE_SIZE|APP_CTX_\w+)|MV2_COMM_WORLD_\w+|MPI_LOCAL(?:RANKID|NRANKS)""",
     re.VERBOSE,
 )
-_RANK = re.compile(
-    r"(?:LOCAL_|NODE_|GROUP_|ROLE_|CROSS_)?(?:RANK|WORLD_SIZE)|MASTER_(?:ADDR|PORT)|TORCHELASTIC_\w+"
-)
+_RANK = re.compile(r"(?:LOCAL_|NODE_|GROUP_|ROLE_|CROSS_)?(?:RANK|WORLD_SIZE)|MASTER_(?:ADDR|PORT)|TORCHELASTIC_\w+")
 _OURS = frozenset(
     {
         names.HEAD,
@@ -42,9 +40,7 @@ _OURS = frozenset(
         NOTIFY_SOCKET,
     }
 )
-_WITHIN = frozenset(
-    {"HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"}
-)  # positions within what another variable leaves
+_WITHIN = frozenset({"HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"})  # positions within what another variable leaves
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:

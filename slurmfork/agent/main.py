@@ -150,9 +150,7 @@ class Agent:
 
     def _welcomed(self, welcome: Welcome) -> Welcome:
         if welcome.run_id != self._node.run_id:
-            raise Refused(
-                f"the head is of run {welcome.run_id}, this agent of {self._node.run_id}", "conflict"
-            )
+            raise Refused(f"the head is of run {welcome.run_id}, this agent of {self._node.run_id}", "conflict")
         self._site.address = welcome.address if _is_local(welcome.address) else self._site.address
         for view in self._supervisor.views():
             self._uplink.tell("worker", view)
@@ -277,9 +275,7 @@ def _raise_file_limit() -> None:
 
 def main(guardian_pid: int) -> int:
     """Be the agent; returns the exit status. If it dies instead, the guardian does the rest."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     loop = uvloop.new_event_loop()  # its TLS takes a third of the time of asyncio's own
     try:
         prctl.become_subreaper()

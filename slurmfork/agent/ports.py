@@ -49,9 +49,7 @@ class Ports:
                 found.append(port)
         if len(found) < count:
             self._drop(found)
-            raise Refused(
-                f"no {count} free ports between {self._choices[0]} and {self._choices[-1]}", "no_ports"
-            )
+            raise Refused(f"no {count} free ports between {self._choices[0]} and {self._choices[-1]}", "no_ports")
         self._owned.setdefault(owner, []).extend(found)
         return found
 
@@ -76,9 +74,7 @@ class Ports:
             descriptor = os.open(path, flags, 0o600)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.EACCES, errno.ENOSPC):
-                raise Refused(
-                    f"ports cannot be reserved in {self._directory}: {error.strerror}", "no_ports"
-                ) from None
+                raise Refused(f"ports cannot be reserved in {self._directory}: {error.strerror}", "no_ports") from None
             return False
         if _lock(descriptor, path) and _is_free(port):
             self._held[port] = descriptor

@@ -45,7 +45,7 @@ class Server:
         self._worker_of = worker_of
         self._health = health
         self._listening: socket.socket | None = None
-        self._http: web.Server[web.BaseRequest] | None = None
+        self._http: web.Server | None = None
         self._opening: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 

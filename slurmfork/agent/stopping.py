@@ -152,9 +152,7 @@ class Stopping:
                 self._ask(one)
             await self._watch.quiet(lambda: self._deadline)
             rounds += 1
-            if (
-                rounds > _QUICK_ROUNDS
-            ):  # it answers by forking: no need to run after it until it is to be killed
+            if rounds > _QUICK_ROUNDS:  # it answers by forking: no need to run after it until it is to be killed
                 await asyncio.sleep(_ROUND_S)
         return True
 

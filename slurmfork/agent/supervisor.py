@@ -135,16 +135,14 @@ class Supervisor:
         """Stop those that did start, free all the names, and say why."""
         await asyncio.gather(*(worker.stop() for worker in workers if worker.live))
         culprits = ", ".join(failed)
-        views = []
+        views: list[WorkerView] = []
         for worker in workers:
             self._workers.pop(worker.name, None)
             if worker.name in failed:
                 why = failed[worker.name]
                 views.insert(0, worker.never_started(WorkerState.FAILED, str(why), why.status))
             else:
-                views.append(
-                    worker.never_started(WorkerState.STOPPED, f"not started, for {culprits} could not be")
-                )
+                views.append(worker.never_started(WorkerState.STOPPED, f"not started, for {culprits} could not be"))
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:3])
         log.warning("start refused: %s", reasons)
         raise Refused(reasons, "stopping" if self._site.closing else "start_failed", views)
@@ -170,9 +168,7 @@ class Supervisor:
             number = signal_number(order.signal)
         except ValueError as error:
             raise Refused(str(error), "malformed") from None
-        return [
-            name for name in order.workers if (worker := self._workers.get(name)) and worker.signal(number)
-        ]
+        return [name for name in order.workers if (worker := self._workers.get(name)) and worker.signal(number)]
 
     def pass_on(self, number: int) -> None:
         """Hand a signal that was sent to the whole job to those workers that have a handler for it."""

@@ -72,9 +72,7 @@ class Uplink:
 
     async def _connect(self, host: str, port: int) -> Welcome:
         reader, writer = await asyncio.wait_for(
-            asyncio.open_connection(
-                host, port, ssl=self._context, server_hostname=self._server_name, limit=MAX_FRAME
-            ),
+            asyncio.open_connection(host, port, ssl=self._context, server_hostname=self._server_name, limit=MAX_FRAME),
             CONNECT_TIMEOUT_S,
         )
         raw: socket.socket = writer.get_extra_info("socket")

@@ -155,9 +155,7 @@ class Worker:
         except readiness.NotReady as error:
             self._checking = None
             self._fall(str(error))
-        except (
-            Exception
-        ) as error:  # a fault in the check must not leave the worker hanging between two states
+        except Exception as error:  # a fault in the check must not leave the worker hanging between two states
             log.exception("%s: the readiness check failed", self.name)
             self._checking = None
             self._fall(f"the readiness check failed: {error}")

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from slurmfork.backends.base import Backend
 
 # Imported when they are asked for: a backend may need what is not installed everywhere.
-_BACKENDS = {"local": "slurmfork.backends.local:LocalBackend", "slurm": "slurmfork.backends.slurm:SlurmBackend"}
+_BACKENDS = {
+    "local": "slurmfork.backends.local:LocalBackend",
+    "slurm": "slurmfork.backends.slurm:SlurmBackend",
+}
 
 
 def get(name: str) -> Backend:

@@ -26,9 +26,7 @@ def start(index: int, granted: str, run_dir: Path) -> subprocess.Popen[bytes]:
     """Start the guardian of one node, its output in the node's agent log."""
     node = f"local{index}"
     environment = {**os.environ, names.NODE: node, DEVICES: granted}
-    log = os.open(
-        run_dir / "agents" / f"{node}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
-    )
+    log = os.open(run_dir / "agents" / f"{node}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         return subprocess.Popen(
             [sys.executable, "-I", str(AGENT)],

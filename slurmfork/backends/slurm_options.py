@@ -100,9 +100,7 @@ def quoted(value: str) -> str:
 def _output(run_dir: Path) -> str:
     """batch.log, with what Slurm would take for a pattern of its own escaped."""
     if "\\" in str(run_dir) or _UNSPEAKABLE.search(str(run_dir)):
-        message = (
-            f"the run directory {str(run_dir)!r} has a backslash or a line break in its name, which Slurm"
-        )
+        message = f"the run directory {str(run_dir)!r} has a backslash or a line break in its name, which Slurm"
         raise SpecError([Problem(f"{message} cannot write to; choose another with --root")])
     return str(run_dir / "batch.log").replace("%", "%%")
 

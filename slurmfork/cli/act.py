@@ -31,18 +31,10 @@ Outcome: TypeAlias = "CancelReply | SlurmforkError"
 @click.argument("role", metavar="ROLE")
 @click.argument("command", metavar="[-- CMD...]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--target", "-T", metavar="ROLE[/I]", help="Beside whom; default: the target in the spec.")
-@click.option(
-    "--count", "-c", type=click.IntRange(1, 1024), default=1, help="Children beside each target; 1."
-)
-@click.option(
-    "--env", "-e", "env", type=Assignment(), multiple=True, help="For their environment. Can be repeated."
-)
-@click.option(
-    "--timeout", "-t", type=Seconds(), metavar="S", help="Seconds in which they must be up, all of them."
-)
-@click.option(
-    "--request-id", metavar="ID", help="Asked twice with the same ID, done once; for scripts that retry."
-)
+@click.option("--count", "-c", type=click.IntRange(1, 1024), default=1, help="Children beside each target; 1.")
+@click.option("--env", "-e", "env", type=Assignment(), multiple=True, help="For their environment. Can be repeated.")
+@click.option("--timeout", "-t", type=Seconds(), metavar="S", help="Seconds in which they must be up, all of them.")
+@click.option("--request-id", metavar="ID", help="Asked twice with the same ID, done once; for scripts that retry.")
 def fork(
     run: str,
     role: str,
@@ -91,9 +83,7 @@ def fork(
 )
 @run_argument
 @click.argument("target", metavar="ROLE[/I]")
-@click.option(
-    "--grace", "-g", type=Seconds(), metavar="S", help="Seconds before SIGKILL; default: the role's own."
-)
+@click.option("--grace", "-g", type=Seconds(), metavar="S", help="Seconds before SIGKILL; default: the role's own.")
 def stop(run: str, target: str, grace: float | None, root: str | None, as_json: bool) -> int:
     """Stop a role or one worker, with everything that they started; returns when it is gone."""
     reply = Run.load(run, root).stop(target, grace=grace)
@@ -105,9 +95,7 @@ def stop(run: str, target: str, grace: float | None, root: str | None, as_json: 
         for survivor in result.survivors:
             output.aside(f"  still alive: {result.worker}: {survivor}")
     if reply.survivors:
-        output.complain(
-            f"{output.plural(reply.survivors, 'process')} of {target} would not die, not even by SIGKILL"
-        )
+        output.complain(f"{output.plural(reply.survivors, 'process')} of {target} would not die, not even by SIGKILL")
     return 1 if reply.survivors else 0
 
 
@@ -187,7 +175,5 @@ def _tell(run: Run, outcome: Outcome, *, as_json: bool) -> bool:
         output.complain(f"{run.run_id}: `slurmfork clean {run.run_id}` tries again to end what is left")
     if outcome.unverified:
         nodes = ", ".join(outcome.unverified)
-        output.complain(
-            f"{run.run_id}: could not ask {nodes}; run `slurmfork clean {run.run_id}` there to make sure"
-        )
+        output.complain(f"{run.run_id}: could not ask {nodes}; run `slurmfork clean {run.run_id}` there to make sure")
     return not outcome.survivors and not outcome.unverified

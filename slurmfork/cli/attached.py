@@ -142,13 +142,9 @@ def _cancel(run: Run, screen: _Screen) -> None:
         screen.look(final=True)
     except Told:
         worker.join(max(0.0, begun + ASKING - time.monotonic()))
-        output.complain(
-            f"not waiting; the cancel goes on, `slurmfork cancel {run.run_id}` waits until it is done"
-        )
+        output.complain(f"not waiting; the cancel goes on, `slurmfork cancel {run.run_id}` waits until it is done")
         return
-    output.complain(
-        _outcome(run, outcome[0]) if outcome else f"the cancel of {run.run_id} broke off; repeat it"
-    )
+    output.complain(_outcome(run, outcome[0]) if outcome else f"the cancel of {run.run_id} broke off; repeat it")
 
 
 def _outcome(run: Run, outcome: CancelReply | SlurmforkError) -> str:

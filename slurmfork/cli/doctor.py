@@ -47,9 +47,7 @@ LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "overlay
 
 
 @verb("doctor", prints_data=True, examples=["slurmfork doctor", "slurmfork doctor --backend slurm --json"])
-@click.option(
-    "--backend", "-b", type=click.Choice(["local", "slurm"]), help="What must work; default: what is here."
-)
+@click.option("--backend", "-b", type=click.Choice(["local", "slurm"]), help="What must work; default: what is here.")
 def doctor(backend: str | None, root: str | None, as_json: bool) -> int:
     """Check Python, the shared directory, the clock, process limits and Slurm here; says what to do.
 
@@ -79,9 +77,7 @@ def _place(root: Path) -> list[Check]:
 
 def _python() -> Check:
     ok = sys.version_info >= (3, 10)
-    detail = f"{sys.version.split()[0]} at {sys.executable}" + (
-        "" if ok else "; slurmfork needs 3.10 or later"
-    )
+    detail = f"{sys.version.split()[0]} at {sys.executable}" + ("" if ok else "; slurmfork needs 3.10 or later")
     return Check(name="python", ok=ok, detail=detail)
 
 
@@ -144,9 +140,7 @@ def _scratch() -> Check:
         seen = path.lstat()
     except FileNotFoundError:
         ok = os.access("/tmp", os.W_OK | os.X_OK)
-        return Check(
-            name="scratch", ok=ok, detail=f"{path} can be made" if ok else "/tmp cannot be written to"
-        )
+        return Check(name="scratch", ok=ok, detail=f"{path} can be made" if ok else "/tmp cannot be written to")
     if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid() or seen.st_mode & 0o077:
         detail = f"{path} is not a private directory of yours: remove it, or ask who made it"
         return Check(name="scratch", ok=False, detail=detail)
@@ -162,9 +156,7 @@ def _limits() -> Check:
         soft, _ = resource.getrlimit(which)
         if soft != resource.RLIM_INFINITY and soft < least:
             found.append(f"only {soft} {name} (ulimit -{'n' if name == 'files' else 'u'} {least})")
-    return Check(
-        name="limits", ok=not found, detail="; ".join(found) or "open files and processes are enough"
-    )
+    return Check(name="limits", ok=not found, detail="; ".join(found) or "open files and processes are enough")
 
 
 def _ssh() -> Check:
@@ -191,12 +183,8 @@ def _root(root: Path, nearest: Path) -> Check:
     if nearest != root:
         return Check(name="root", ok=True, detail=f"{root} will be made by the first run")
     mode = root.stat().st_mode & 0o7777
-    if (
-        mode & 0o022 and not mode & stat.S_ISVTX
-    ):  # with the sticky bit nobody can take another's directory away
-        detail = (
-            f"{root} can be written by others (mode {mode:o}): chmod go-w it, or choose another with --root"
-        )
+    if mode & 0o022 and not mode & stat.S_ISVTX:  # with the sticky bit nobody can take another's directory away
+        detail = f"{root} can be written by others (mode {mode:o}): chmod go-w it, or choose another with --root"
         return Check(name="root", ok=False, detail=detail)
     return Check(
         name="root",
@@ -217,9 +205,7 @@ def _file_system(nearest: Path) -> Check:
     kind = _kind_of_file_system(nearest)
     here = shutil.which("sbatch") is not None
     if kind in MEMORY_FILE_SYSTEMS and here:
-        detail = (
-            f"{kind}: compute nodes do not see it; choose a shared directory with --root or SLURMFORK_ROOT"
-        )
+        detail = f"{kind}: compute nodes do not see it; choose a shared directory with --root or SLURMFORK_ROOT"
         return Check(name="file system", ok=False, detail=detail)
     detail = kind or "unknown"
     if kind in LOCAL_FILE_SYSTEMS and here:
@@ -253,9 +239,7 @@ def _clock(nearest: Path) -> Check:
         return Check(name="clock", ok=False, detail=f"cannot compare clocks in {nearest}: {error.strerror}")
     off = max(before - theirs, theirs - after, 0.0)
     ok = off <= CLOCK_TOLERANCE
-    detail = (
-        "agrees with the file system's" if ok else f"{off:.0f} s off the file system's: have NTP looked at"
-    )
+    detail = "agrees with the file system's" if ok else f"{off:.0f} s off the file system's: have NTP looked at"
     return Check(name="clock", ok=ok, detail=detail)
 
 
@@ -269,11 +253,7 @@ def _slurm(wanted: str | None) -> list[Check]:
             Check(name="slurm", ok=True, detail=f"{others}; `--backend local` works without"),
             *_check("local"),
         ]
-    missing = [
-        name
-        for name in ("sbatch", "srun", "squeue", "scancel", "sinfo", "scontrol")
-        if not shutil.which(name)
-    ]
+    missing = [name for name in ("sbatch", "srun", "squeue", "scancel", "sinfo", "scontrol") if not shutil.which(name)]
     if missing:
         detail = f"not on PATH: {', '.join(missing)}; load Slurm's module, or log in to a login node"
         return [Check(name="slurm commands", ok=False, detail=detail)]

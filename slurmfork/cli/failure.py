@@ -61,9 +61,7 @@ def ended_as(state: RunState) -> str:
 
 def failed_workers(views: Sequence[WorkerView]) -> list[WorkerView]:
     """Those that failed, the first to fail first: the others often only followed."""
-    return sorted(
-        (v for v in views if v.state is WorkerState.FAILED), key=lambda v: (v.ended or 0.0, v.worker)
-    )
+    return sorted((v for v in views if v.state is WorkerState.FAILED), key=lambda v: (v.ended or 0.0, v.worker))
 
 
 def tell_workers(views: Sequence[WorkerView], *, tails: bool = True) -> None:

@@ -87,9 +87,7 @@ def _detail(one: RunStatus, workers: list[WorkerView]) -> None:
             output.say(f"{title + ':':<12} {fact}")
     if one.nodes:
         output.say()
-        output.table(
-            ["NODE", "JOINED", "GUARANTEE", "GPUS", "CPUS", "ADDRESS", "NOTES"], [_node(n) for n in one.nodes]
-        )
+        output.table(["NODE", "JOINED", "GUARANTEE", "GPUS", "CPUS", "ADDRESS", "NOTES"], [_node(n) for n in one.nodes])
     if failed := failure.failed_workers(workers):
         output.say()
         for view in failed[: failure.SHOWN]:
@@ -105,11 +103,7 @@ def _state(one: RunStatus) -> str:
         return f"{one.state}, {output.since(one.ended)} ago"
     if told := _freshness(one):
         return f"{one.state} ({told})"
-    return (
-        f"{one.state}, for {output.since(one.ready)}"
-        if one.state == "ready" and one.ready
-        else str(one.state)
-    )
+    return f"{one.state}, for {output.since(one.ready)}" if one.state == "ready" and one.ready else str(one.state)
 
 
 def _counts(one: RunStatus) -> str:
@@ -230,13 +224,9 @@ def _age(view: WorkerView) -> str:
 @run_argument
 @click.argument("which", metavar="[WHICH]", required=False)
 @click.option("--follow", "-f", is_flag=True, help="Go on as the logs grow, until the run is over.")
-@click.option(
-    "--lines", "-n", "last", type=click.IntRange(0), metavar="N", help="Only the last N lines of each log."
-)
+@click.option("--lines", "-n", "last", type=click.IntRange(0), metavar="N", help="Only the last N lines of each log.")
 @click.option("--no-prefix", is_flag=True, help="Without the worker's name before each line.")
-def logs(
-    run: str, which: str | None, follow: bool, last: int | None, no_prefix: bool, root: str | None
-) -> None:
+def logs(run: str, which: str | None, follow: bool, last: int | None, no_prefix: bool, root: str | None) -> None:
     """Print what the workers of RUN wrote to stdout and stderr.
 
     WHICH is a worker (rollout/3), whose log is printed as it is; a role; batch; or agent:NODE. Without it the
@@ -254,9 +244,7 @@ def logs(
     lines = logview.merged(found, role, last=last, follow=follow, prefix=not no_prefix)
     if not lines and last != 0:
         whose = f"no worker of {role}" if role else f"no worker of {found.run_id}"
-        output.complain(
-            f"{whose} has written anything; `slurmfork logs {found.run_id} batch` has the batch script's"
-        )
+        output.complain(f"{whose} has written anything; `slurmfork logs {found.run_id} batch` has the batch script's")
 
 
 def _which(run: Run, which: str | None) -> tuple[Path | None, str | None]:
@@ -290,6 +278,4 @@ def _say_what_is_awaited(run: Run) -> None:
     seen = run.status()
     why = progress.waiting_for(seen)
     if not seen.over:
-        output.complain(
-            f"{run.run_id} is {seen.state}{f': {why}' if why else ''}; waiting for the first line"
-        )
+        output.complain(f"{run.run_id} is {seen.state}{f': {why}' if why else ''}; waiting for the first line")

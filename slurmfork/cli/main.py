@@ -48,9 +48,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "doctor": ("doctor", "Check this machine and its Slurm; says what to do."),
     },
 }
-VERBS: dict[str, tuple[str, str]] = {
-    name: entry for section in SECTIONS.values() for name, entry in section.items()
-}
+VERBS: dict[str, tuple[str, str]] = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
 
 _PAGE = """\
 Usage: slurmfork VERB [OPTIONS] [ARGUMENTS]

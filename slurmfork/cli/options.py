@@ -47,9 +47,7 @@ def verb(
         command.examples = examples
         if prints_data:
             command.params.append(
-                click.Option(
-                    ["--json", "as_json"], is_flag=True, help="One JSON document on stdout, nothing else."
-                )
+                click.Option(["--json", "as_json"], is_flag=True, help="One JSON document on stdout, nothing else.")
             )
         command.params.append(
             click.Option(
@@ -76,9 +74,7 @@ class RunName(_Type):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         from click.shell_completion import CompletionItem
 
-        root = Path(
-            ctx.params.get("root") or os.environ.get("SLURMFORK_ROOT") or "~/.slurmfork/runs"
-        ).expanduser()
+        root = Path(ctx.params.get("root") or os.environ.get("SLURMFORK_ROOT") or "~/.slurmfork/runs").expanduser()
         try:
             found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
         except OSError:
@@ -111,9 +107,7 @@ class Assignment(_Type):
 
     name = "K=V"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, str]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         if isinstance(value, tuple):
             return value
         name, equals, text = value.partition("=")

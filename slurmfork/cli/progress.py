@@ -90,9 +90,7 @@ def counts(status: RunStatus) -> str:
     """How many nodes have joined and workers are up, once there are any."""
     parts = []
     if status.nodes:
-        parts.append(
-            f"{sum(node.joined for node in status.nodes)} of {output.plural(len(status.nodes), 'node')}"
-        )
+        parts.append(f"{sum(node.joined for node in status.nodes)} of {output.plural(len(status.nodes), 'node')}")
     if status.workers.total:
         up = status.workers.ready + status.workers.running
         parts.append(f"{up} of {output.plural(status.workers.total, 'worker')} up")

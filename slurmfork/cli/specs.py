@@ -79,9 +79,7 @@ def validate(spec: Path, backend: str | None, overrides: Sequence[str], as_json:
         output.document({"ok": True, "errors": []})
     else:
         on = output.plural(asked.nodes, "node")
-        output.say(
-            f"ok: {output.plural(len(read.roles), 'role')}, {output.plural(len(placed), 'worker')} on {on}"
-        )
+        output.say(f"ok: {output.plural(len(read.roles), 'role')}, {output.plural(len(placed), 'worker')} on {on}")
     return 0
 
 
@@ -98,12 +96,8 @@ def _problems(error: SpecError | PlanError, spec: Path) -> list[dict[str, Any]]:
     examples=["slurmfork plan grpo.yaml", "slurmfork plan grpo.yaml --nodes 4 --gpus-per-node 8"],
 )
 @spec_argument
-@click.option(
-    "--nodes", "-N", type=click.IntRange(1, 100_000), help="In place of the nodes that would be asked for."
-)
-@click.option(
-    "--gpus-per-node", "-G", type=click.IntRange(0, 1024), help="In place of what would be asked for."
-)
+@click.option("--nodes", "-N", type=click.IntRange(1, 100_000), help="In place of the nodes that would be asked for.")
+@click.option("--gpus-per-node", "-G", type=click.IntRange(0, 1024), help="In place of what would be asked for.")
 @backend_option
 @set_option
 def plan(
@@ -168,9 +162,7 @@ def _row(placed: Placement) -> dict[str, Any]:
 @backend_option
 @set_option
 @template_option
-def render(
-    spec: Path, backend: str | None, overrides: Sequence[str], template: Path | None, root: str | None
-) -> None:
+def render(spec: Path, backend: str | None, overrides: Sequence[str], template: Path | None, root: str | None) -> None:
     """Print the batch script that `submit` would hand to Slurm, for a run called NAME-xxxxxx."""
     from slurmfork import plan as planning
     from slurmfork import render as rendering

@@ -28,9 +28,7 @@ from slurmfork.run import Run
 INTERRUPTED = 130
 
 
-def _submit(
-    spec: Path, backend: str | None, overrides: Sequence[str], template: Path | None, root: str | None
-) -> Run:
+def _submit(spec: Path, backend: str | None, overrides: Sequence[str], template: Path | None, root: str | None) -> Run:
     run = runs.submit(spec, backend=backend, root=root, template=template, overrides=overrides)
     for text in run.notes:
         output.complain(text)
@@ -146,9 +144,7 @@ def run(
     examples=["slurmfork wait last", "slurmfork wait grpo-x7k2mq --for ready --timeout 10m"],
 )
 @run_argument
-@click.option(
-    "--for", "goal", type=click.Choice(["ready", "done"]), default="done", help="What to wait for; done."
-)
+@click.option("--for", "goal", type=click.Choice(["ready", "done"]), default="done", help="What to wait for; done.")
 @click.option("--timeout", "-t", type=Seconds(), metavar="S", help="Seconds (or 10m, 2h); then exit 124.")
 def wait(run: str, goal: str, timeout: float | None, root: str | None, as_json: bool) -> int:
     """Wait until RUN is done, or ready.

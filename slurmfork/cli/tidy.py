@@ -33,18 +33,14 @@ def clean(run: str | None, every: bool, root: str | None, as_json: bool) -> int:
     if (run is None) != every:
         raise UsageError("say which run to clean, or --all")
     found = [Run.load(run, root)] if run is not None else Run.all(root)
-    over = [
-        one for one, (status, _) in zip(found, statuses(found), strict=True) if _is_over(status, skip=every)
-    ]
+    over = [one for one, (status, _) in zip(found, statuses(found), strict=True) if _is_over(status, skip=every)]
     swept = [(one.run_id, aftermath.sweep_run(one.rundir)) for one in over]
     if as_json:
         output.document(_document(swept))
     for run_id, after in swept:
         _tell(run_id, after, as_json=as_json)
     if every and not as_json:
-        output.say(
-            f"{output.plural(len(over), 'run')} looked at, {len(found) - len(over)} still alive left alone"
-        )
+        output.say(f"{output.plural(len(over), 'run')} looked at, {len(found) - len(over)} still alive left alone")
     return 1 if any(after.survivors or after.unverified for _, after in swept) else 0
 
 
@@ -71,9 +67,7 @@ def _document(swept: list[tuple[str, Aftermath]]) -> dict[str, Any]:
 
 def _tell(run_id: str, after: Aftermath, *, as_json: bool) -> None:
     if not as_json:
-        output.say(
-            f"{run_id}: {output.plural(len(after.killed), 'process')} ended, {len(after.survivors)} left"
-        )
+        output.say(f"{run_id}: {output.plural(len(after.killed), 'process')} ended, {len(after.survivors)} left")
         for line in after.killed:
             output.say(f"  ended: {line}")
     for line in after.survivors:
@@ -107,9 +101,7 @@ def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
 
 def _quiet_for(run: Run, status: RunStatus) -> float:
     """Seconds since the end of a run; where that was not recorded, since anything was written at its top."""
-    ended = status.ended or max(
-        _changed(path) for path in (run.rundir.path, run.rundir.batch_log, run.rundir.status)
-    )
+    ended = status.ended or max(_changed(path) for path in (run.rundir.path, run.rundir.batch_log, run.rundir.status))
     return time.time() - max(ended, run.record.submitted)
 
 
@@ -124,17 +116,13 @@ def _nothing_left(run: Run) -> bool:
     """Whether no process of the run is left here: the directory is the only record of what it started."""
     after = aftermath.sweep_run(run.rundir)
     if after.survivors:
-        output.complain(
-            f"{run.run_id} is kept: {output.plural(len(after.survivors), 'process')} of it would not die"
-        )
+        output.complain(f"{run.run_id} is kept: {output.plural(len(after.survivors), 'process')} of it would not die")
     return not after.survivors
 
 
 def _ask(doomed: list[Run]) -> None:
     if not sys.stdin.isatty():
-        raise UsageError(
-            f"{output.plural(len(doomed), 'run')} would be removed; --yes does it without asking"
-        )
+        raise UsageError(f"{output.plural(len(doomed), 'run')} would be removed; --yes does it without asking")
     for run in doomed:
         output.aside(f"  {run.run_id}  submitted {output.since(run.record.submitted)} ago")
     click.confirm(f"Remove {output.plural(len(doomed), 'run')} with their logs?", abort=True, err=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from slurmfork.errors import RunDirError, SlurmforkError
 from slurmfork.head.launcher import Launcher
@@ -44,7 +44,14 @@ class Ending:
     """Watches the table for what ends a run, and carries the verdict out."""
 
     def __init__(
-        self, table: Table, members: Members, workers: Workers, launcher: Launcher, rundir: RunDir, *, main: str | None
+        self,
+        table: Table,
+        members: Members,
+        workers: Workers,
+        launcher: Launcher,
+        rundir: RunDir,
+        *,
+        main: str | None,
     ) -> None:
         self.decided: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self.done: asyncio.Future[EndRecord] = asyncio.get_running_loop().create_future()
@@ -118,7 +125,7 @@ class Ending:
         """The launcher is gone while the run was not over: no agent is left, or none ever came."""
         status = self._launcher.status
         told = f" with {status}" if status is not None else ""
-        reason = f"the agents' launcher ({os.path.basename(self._launcher.argv[0])}) ended{told}"
+        reason = f"the agents' launcher ({Path(self._launcher.argv[0]).name}) ended{told}"
         self.decide(Verdict(RunState.FAILED, f"{reason}: {log_tail}" if log_tail else reason, status or 1))
 
     # --- carrying it out

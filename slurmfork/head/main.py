@@ -97,9 +97,7 @@ class Head:
             secrets=_secrets(self._rundir),
         )
         self._launcher = Launcher(self._argv)
-        self._ending = Ending(
-            self._table, self._members, self._workers, self._launcher, self._rundir, main=self._main
-        )
+        self._ending = Ending(self._table, self._members, self._workers, self._launcher, self._rundir, main=self._main)
         self._api = Api(self._table, self._workers, self._cancel)
 
     def _handle_signals(self) -> None:
@@ -149,9 +147,7 @@ class Head:
         """Agents, plan, workers: until all are up, or the run is decided to end."""
         try:
             await asyncio.wait_for(self._members.complete.wait(), JOIN_TIMEOUT)
-            nodes = [
-                Node(member.node, len(member.join.devices), member.join.cpus) for member in self._members.sorted()
-            ]
+            nodes = [Node(member.node, len(member.join.devices), member.join.cpus) for member in self._members.sorted()]
             placements = plan(self._spec, self._nodes(nodes))
             self._planned = [placement.worker for placement in placements]
             await self._workers.start_all(placements)
@@ -274,9 +270,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) < 4 or arguments[0] != "--run-dir" or arguments[2] != "--":
         print("usage: head --run-dir DIR -- LAUNCHER [ARGUMENT...]", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     rundir = RunDir(Path(arguments[1]))
 
     async def run() -> int:
@@ -287,5 +281,3 @@ def main(arguments: list[str]) -> int:
     except SlurmforkError as error:
         print(f"slurmfork head: {error}", file=sys.stderr)
         return error.exit_code
-
-

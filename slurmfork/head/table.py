@@ -84,9 +84,7 @@ class Table:
               message: str = "") -> None:  # fmt: skip
         """Record that something happened."""
         self._touch()
-        entry = Event(
-            seq=self.seq, time=time.time(), kind=kind, state=state, worker=worker, node=node, message=message
-        )
+        entry = Event(seq=self.seq, time=time.time(), kind=kind, state=state, worker=worker, node=node, message=message)
         self.events.append(entry)
         self._unsaved.append(entry)
         if len(self.events) > EVENTS_KEPT:

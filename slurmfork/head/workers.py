@@ -48,7 +48,14 @@ class Workers:
     """
 
     def __init__(
-        self, spec: Spec, table: Table, members: Members, rundir: RunDir, *, cwd: str, secrets: Mapping[str, str]
+        self,
+        spec: Spec,
+        table: Table,
+        members: Members,
+        rundir: RunDir,
+        *,
+        cwd: str,
+        secrets: Mapping[str, str],
     ) -> None:
         self.roles: dict[str, Role] = dict(spec.roles)
         self.adhoc: set[str] = set()
@@ -187,7 +194,8 @@ class Workers:
         role, command = self._forked_role(request)
         if request.role in self._forking or any(v.state in LIVE_STATES for v in self._table.of_role(request.role)):
             raise Refused(
-                f"role {request.role} runs already; `slurmfork stop` it first, or fork under another name", "in_use"
+                f"role {request.role} runs already; `slurmfork stop` it first, or fork under another name",
+                "in_use",
             )
         targets = self._targets(request.target or role.strategy.target)
         self._forking.add(request.role)

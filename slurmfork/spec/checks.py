@@ -66,9 +66,7 @@ def _environment(env: dict[str, str], path: str, report: Report) -> None:
         here = f"{path}.{name}"
         _variable(name, here, report)
         if len(value.encode()) > LONGEST_TEXT:
-            report.add(
-                here, f"over {LONGEST_TEXT:,} bytes, which Linux passes to no process; put it in a file"
-            )
+            report.add(here, f"over {LONGEST_TEXT:,} bytes, which Linux passes to no process; put it in a file")
 
 
 def _variable(name: str, path: str, report: Report) -> None:
@@ -207,15 +205,11 @@ def _signal(role: Role, path: str, report: Report) -> None:
     given, here = role.stop.signal, f"{path}.stop.signal"
     name = given.removeprefix("SIG")
     if name in _UNSTOPPABLE:
-        report.add(
-            here, f"{name} cannot be handled by a worker; use TERM, which is followed by KILL after the grace"
-        )
+        report.add(here, f"{name} cannot be handled by a worker; use TERM, which is followed by KILL after the grace")
     elif name not in _SIGNALS:
         by_number = {str(int(number)): known for known, number in _SIGNALS.items()}
         hint = f"; write {by_number[given]}" if given in by_number else report.suggestion(name, _SIGNALS)
-        report.add(
-            here, f"{short(given)} is not the name of a signal{hint or '; TERM, INT and USR1 are some'}"
-        )
+        report.add(here, f"{short(given)} is not the name of a signal{hint or '; TERM, INT and USR1 are some'}")
 
 
 def _strategy(name: str, role: Role, spec: Spec, report: Report) -> None:
@@ -223,20 +217,14 @@ def _strategy(name: str, role: Role, spec: Spec, report: Report) -> None:
     if not report.sound(f"{path}.strategy"):
         return
     if not role.strategy.fork:
-        report.add(
-            f"{path}.strategy.fork", "false needs a role that hosts Python engines, which there is not yet"
-        )
+        report.add(f"{path}.strategy.fork", "false needs a role that hosts Python engines, which there is not yet")
     if role.colocated:
         _colocated(name, role, spec, report)
         return
     if role.strategy.target is not None:
-        report.add(
-            f"{path}.strategy.target", "only with `type: colocation`; add that, or leave the target out"
-        )
+        report.add(f"{path}.strategy.target", "only with `type: colocation`; add that, or leave the target out")
     if not role.autostart and report.sound(f"{path}.autostart"):
-        report.add(
-            f"{path}.autostart", "false is for `type: colocation`; a role with devices of its own is planned"
-        )
+        report.add(f"{path}.autostart", "false is for `type: colocation`; a role with devices of its own is planned")
 
 
 def _colocated(name: str, role: Role, spec: Spec, report: Report) -> None:
@@ -245,9 +233,7 @@ def _colocated(name: str, role: Role, spec: Spec, report: Report) -> None:
     if role.per_node is not None:
         report.add(f"{path}.per_node", "not with colocation, where the targets say which nodes; use replicas")
     if target is None:
-        report.add(
-            here, "missing; colocation needs the role to go beside", at=report.where(f"{path}.strategy")
-        )
+        report.add(here, "missing; colocation needs the role to go beside", at=report.where(f"{path}.strategy"))
     elif target == name:
         report.add(here, "a role cannot go beside itself")
     elif target not in spec.roles and report.sound(f"roles.{target}"):
@@ -257,9 +243,7 @@ def _colocated(name: str, role: Role, spec: Spec, report: Report) -> None:
     elif target not in spec.roles:
         return  # it is there, but could not be read
     elif role.autostart and not spec.roles[target].autostart and report.sound(f"roles.{target}.autostart"):
-        report.add(
-            here, f"{target} is not started by itself (autostart: false); add `autostart: false` here too"
-        )
+        report.add(here, f"{target} is not started by itself (autostart: false); add `autostart: false` here too")
 
 
 def _mains(spec: Spec, report: Report) -> None:
@@ -268,9 +252,7 @@ def _mains(spec: Spec, report: Report) -> None:
         report.add(f"roles.{name}.main", f"there can be one main role, and {mains[0]} is one")
     for name in mains:
         if not spec.roles[name].autostart:
-            report.add(
-                f"roles.{name}.main", "a main role has to start by itself; leave `autostart: false` out"
-            )
+            report.add(f"roles.{name}.main", "a main role has to start by itself; leave `autostart: false` out")
 
 
 def _cycles(spec: Spec, report: Report) -> None:

@@ -71,9 +71,7 @@ class _Walk:
         hint = ""
         if kind is Spec and key in sbatch.ALLOWED | sbatch.REFUSED.keys() - sbatch.NO_OPTIONS:
             hint = "; options of sbatch go under `slurm:`"
-        elif home := next(
-            (name for name, info in fields.items() if key in _fields(_section(info.type))), None
-        ):
+        elif home := next((name for name, info in fields.items() if key in _fields(_section(info.type))), None):
             hint = f"; it goes under `{home}:`"
         hint = hint or self._report.suggestion(key, fields) or f"; the keys here are {', '.join(fields)}"
         self._report.add(path, f"unknown key {short(key)}{hint}", at=at)
@@ -94,11 +92,7 @@ class _Walk:
         if empty:
             return self._refuse(path, "no value; give one, or leave the key out", node)
         if get_origin(kind) is Union or isinstance(kind, types.UnionType):  # a command
-            return (
-                self._texts(node, path)
-                if isinstance(node, Listing)
-                else self._leaf(node, str, path, " or a list")
-            )
+            return self._texts(node, path) if isinstance(node, Listing) else self._leaf(node, str, path, " or a list")
         return self._leaf(node, kind, path)
 
     def _section(self, node: Node, kind: type, path: str) -> Any:

@@ -18,9 +18,7 @@ def apply(root: Mapping, override: str, report: Report) -> None:
     if not equals or not all(keys):
         report.add(path, f"expected key=value, as in nodes=4, got {short(override)}", at=SET)
     elif keys[0] == "roles" and len(keys) > 2 and not _has_role(root, keys[1]):
-        hint = (
-            report.suggestion(keys[1], _roles(root)) or f"; the roles are {', '.join(_roles(root)) or 'none'}"
-        )
+        hint = report.suggestion(keys[1], _roles(root)) or f"; the roles are {', '.join(_roles(root)) or 'none'}"
         report.add(path, f"there is no role {short(keys[1])}{hint}", at=SET)
     elif (node := _value(text.strip(), path, report)) is not None:
         lay(root, keys, node)

@@ -28,9 +28,7 @@ def load(path: str | os.PathLike[str], *, overrides: Sequence[str] = (), backend
     return loads(_text(_bytes(file), file), file=file, overrides=overrides, backend=backend)
 
 
-def loads(
-    text: str, *, file: str | None = None, overrides: Sequence[str] = (), backend: str | None = None
-) -> Spec:
+def loads(text: str, *, file: str | None = None, overrides: Sequence[str] = (), backend: str | None = None) -> Spec:
     """Read a spec from text, as ``load`` does; ``file`` names it in messages and locates its template."""
     if len(text.encode(errors="surrogatepass")) > LARGEST:
         raise _too_large(file)

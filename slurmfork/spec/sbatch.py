@@ -28,9 +28,7 @@ ALLOWED = FLAGS | FLAG_OR_VALUE | VALUES | {TEMPLATE}
 
 _TASKS = "slurmfork starts one agent on each node, which starts the workers; use `replicas` of a role"
 _PER_TASK = "Slurm would give the one agent of a node the GPUs of one task only; use gpus-per-node"
-_BINDING = (
-    "each worker gets GPUs of its own from the agent of its node, by CUDA_VISIBLE_DEVICES; leave it out"
-)
+_BINDING = "each worker gets GPUs of its own from the agent of its node, by CUDA_VISIBLE_DEVICES; leave it out"
 _ENVIRONMENT = "slurmfork decides what reaches the workers; use `env` and `secrets`"
 _OUTPUT = "the output is kept in the run directory; `slurmfork logs` shows it"
 _READ = "slurmfork reads what sbatch prints; leave it out"
@@ -82,6 +80,4 @@ REFUSED = {
     "wait": "use `slurmfork submit --wait`, or `slurmfork wait`",
     "wrap": "slurmfork writes the batch script; give a role the `command`",
 }
-NO_OPTIONS = frozenset(
-    {"het", "het-group", "hetjob", "pack-group", "packed", "packjob"}
-)  # refused with a reason
+NO_OPTIONS = frozenset({"het", "het-group", "hetjob", "pack-group", "packed", "packjob"})  # refused with a reason

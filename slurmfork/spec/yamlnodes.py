@@ -162,9 +162,7 @@ class _Builder:
             self._attach(self._scalar(event, at))
         elif isinstance(event, yaml.AliasEvent):
             shown = f"*{event.anchor}"
-            self._problem(
-                f"aliases ({shown}) are not used in specs; if text is meant, write '{shown}' in quotes", at
-            )
+            self._problem(f"aliases ({shown}) are not used in specs; if text is meant, write '{shown}' in quotes", at)
             self._attach(Broken(at))
         return True
 
@@ -239,9 +237,7 @@ class _Builder:
             return None
         if not isinstance(node, Scalar):
             what = "a list" if isinstance(node, Listing) else "a mapping"
-            self._problem(
-                f"a key must be text, not {what}; if text in braces is meant, put it in quotes", node.at
-            )
+            self._problem(f"a key must be text, not {what}; if text in braces is meant, put it in quotes", node.at)
             return None
         if node.plain and node.text == "<<":
             self._problem("merge keys (<<) are not used in specs; write the keys out", node.at)
@@ -257,15 +253,11 @@ class _Builder:
     def _refuse_anchor(self, event: Any, at: Where) -> None:
         if event.anchor is not None:
             shown = f"&{event.anchor}"
-            self._problem(
-                f"anchors ({shown}) are not used in specs; write the value out where it is needed", at
-            )
+            self._problem(f"anchors ({shown}) are not used in specs; write the value out where it is needed", at)
 
     def _refuse_tag(self, tag: str, at: Where) -> None:
         shown = "!!" + tag.removeprefix(_TAGS) if tag.startswith(_TAGS) else tag
-        self._problem(
-            f"tags ({short(shown)}) are not used in specs; leave it out, or put the text in quotes", at
-        )
+        self._problem(f"tags ({short(shown)}) are not used in specs; leave it out, or put the text in quotes", at)
 
     def _problem(self, message: str, at: Where, *, path: str | None = None) -> None:
         where = self._path() if path is None else path
