@@ -16,12 +16,12 @@ from slurmfork import names
 from slurmfork.names import WorkerState
 from slurmfork.spec.model import Ready, Restart, Stop
 
-Name: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.NAME_PATTERN.pattern}$")]
-WorkerName: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.WORKER_PATTERN.pattern}$")]
-Target: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.NAME_PATTERN.pattern}(?:/(?:0|[1-9][0-9]{{0,5}}))?$")]
-EnvName: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.ENV_PATTERN.pattern}$", max_length=256)]
-Text: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00]*$", max_length=131_072)]
-RequestId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+Name: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.NAME_PATTERN.pattern}\Z")]
+WorkerName: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.WORKER_PATTERN.pattern}\Z")]
+Target: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.NAME_PATTERN.pattern}(?:/(?:0|[1-9][0-9]{{0,5}}))?\Z")]
+EnvName: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.ENV_PATTERN.pattern}\Z", max_length=256)]
+Text: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00]*\Z", max_length=131_072)]
+RequestId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}\Z")]
 Device: TypeAlias = "int | str"
 
 
@@ -120,7 +120,7 @@ class SignalRequest(Strict, kw_only=True):
     """POST /v1/signal: ``signal`` is a name without SIG; to the workers themselves, not to their trees."""
 
     target: Target
-    signal: Annotated[str, Meta(pattern=r"^[A-Z0-9+]{2,12}$")]
+    signal: Annotated[str, Meta(pattern=r"^[A-Z0-9+]{2,12}\Z")]
 
 
 class PortsRequest(Strict, kw_only=True):
@@ -133,7 +133,7 @@ class PortsRequest(Strict, kw_only=True):
 class CancelRequest(Strict, kw_only=True):
     """POST /v1/cancel: end the run. ``reason`` is shown in its status."""
 
-    reason: Annotated[str, Meta(pattern=r"^[^\x00]*$", max_length=500)] = ""
+    reason: Annotated[str, Meta(pattern=r"^[^\x00]*\Z", max_length=500)] = ""
 
 
 # --- API replies -------------------------------------------------------------------------------------------

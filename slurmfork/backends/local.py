@@ -10,13 +10,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from slurmfork import devices, process
+from slurmfork import devices, names, process
 from slurmfork.backends.base import Check, Job, JobReport
 from slurmfork.errors import BackendError
 from slurmfork.names import RunState
@@ -59,7 +59,7 @@ class LocalBackend:
                 stdout=log,
                 stderr=log,
                 cwd=Path.cwd(),
-                env={name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
+                env=_outside(os.environ),
                 start_new_session=True,
             )
         except OSError as error:
@@ -107,6 +107,16 @@ class LocalBackend:
         found = devices.present(os.environ)
         shown = f"{len(found)} GPUs: {','.join(found)}" if found else "no GPU here; specs are tried with numbers alone"
         return [Check(name="local devices", ok=True, detail=shown)]
+
+
+def _outside(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what a Slurm job or another run around us has put there: its tag is not this run's."""
+    kept = (names.ROOT,)
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in kept or not name.startswith(("SLURM_", "SLURMFORK_"))
+    }
 
 
 def _identity(record: LocalJob) -> Identity:
