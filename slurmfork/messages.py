@@ -22,7 +22,7 @@ Target: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.NAME_PATTERN.pattern}
 EnvName: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.ENV_PATTERN.pattern}\Z", max_length=256)]
 Text: TypeAlias = Annotated[str, Meta(pattern=r"^[^\x00]*\Z", max_length=131_072)]
 RequestId: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}\Z")]
-Device: TypeAlias = "int | str"
+Device: TypeAlias = int | str  # no string: Python 3.10 would not resolve it inside list[...]
 
 
 class Strict(Struct, forbid_unknown_fields=True, kw_only=True):

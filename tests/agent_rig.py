@@ -71,7 +71,7 @@ class Rig:
         self.calls: list[ApiCall] = []
         self.answer = ApiAnswer(status=200, body="{}")
         self._server: asyncio.Server | None = None
-        self._port = 0
+        self.port = 0
         self._changed = asyncio.Event()
         self._requests = 0
 
@@ -87,9 +87,9 @@ class Rig:
         """Listen, on the same port as before if there was one."""
         context = credentials.server_context(self.rundir.credentials)
         self._server = await asyncio.start_server(
-            self._connected, "127.0.0.1", self._port, ssl=context, limit=MAX_FRAME
+            self._connected, "127.0.0.1", self.port, ssl=context, limit=MAX_FRAME
         )
-        self._port = self._server.sockets[0].getsockname()[1]
+        self.port = self._server.sockets[0].getsockname()[1]
 
     def hang_up(self, *, deaf: bool = False) -> None:
         """Cut all links, as a head that is killed would; ``deaf``: and accept no new ones."""
@@ -148,7 +148,7 @@ class Rig:
             **kept,
             "SLURMFORK_RUN_ID": self.run_id,
             "SLURMFORK_RUN_DIR": str(self.rundir.path),
-            "SLURMFORK_HEAD": f"127.0.0.1:{self._port}",
+            "SLURMFORK_HEAD": f"127.0.0.1:{self.port}",
             "SLURMFORK_NODE": node,
             "SLURMFORK_LOCAL_DEVICES": devices,
             "SLURMFORK_GUARDIAN_GRACE": "0.2",

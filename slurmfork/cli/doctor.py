@@ -36,6 +36,7 @@ PACKAGES = {  # as in setup.cfg; a test compares them
     "psutil": "5.9",
     "pyyaml": "6.0",
     "rich": "13",
+    "uvloop": "0.19",
 }
 _PR_GET_CHILD_SUBREAPER = 37
 LEAST_SPACE = 1 << 30
