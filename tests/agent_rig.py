@@ -86,9 +86,7 @@ class Rig:
     async def listen(self) -> None:
         """Listen, on the same port as before if there was one."""
         context = credentials.server_context(self.rundir.credentials)
-        self._server = await asyncio.start_server(
-            self._connected, "127.0.0.1", self.port, ssl=context, limit=MAX_FRAME
-        )
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port, ssl=context, limit=MAX_FRAME)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def hang_up(self, *, deaf: bool = False) -> None:

@@ -182,6 +182,19 @@ async def test_a_second_and_a_third_sigterm_mean_no_more_than_the_first(rig: Rig
     assert len(rig.agents["n0"].going) == 1
 
 
+async def test_sigterm_puts_a_limit_to_an_end_that_had_none(rig: Rig) -> None:
+    await rig.agent(SLURMFORK_KILL_WAIT="3")
+    deaf = python("import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('here', flush=True)\ntime.sleep(300)")
+    await rig.start(order("a/0", deaf, stop=Stop(grace=200)))
+    await rig.printed("a/0")
+    ending = asyncio.ensure_future(rig.ask("end", EndOrder(budget=None), EndReport))
+    await asyncio.sleep(0.1)
+    rig.guardians["n0"].terminate()
+    report = await ending
+    assert (report.results[0].exit_status, report.survivors) == (137, [])
+    assert await rig.gone() == 0
+
+
 async def test_a_worker_that_slurm_signals_too_is_not_restarted(rig: Rig) -> None:
     await rig.agent()
     await rig.start(order("a/0", SLEEP, restart=Restart(policy="always", max=100, backoff=0.0)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from slurmfork.agent.ports import Ports, port_range
-from slurmfork.agent.scratch import Scratch, node_directory, private_directory
+from slurmfork.agent.scratch import Scratch, node_directory, private_directory, remove
 from slurmfork.errors import Refused, RunDirError
 from slurmfork.rundir import new_run_id
 
@@ -94,8 +94,6 @@ def test_an_open_directory_of_our_own_is_closed(tmp_path: Path) -> None:
 
 
 async def test_a_worker_name_is_free_at_once_and_what_it_left_goes() -> None:
-    from slurmfork.agent.scratch import remove
-
     scratch = Scratch(new_run_id("scratch"), "n1")
     try:
         first = scratch.worker("a/0")
@@ -110,3 +108,14 @@ async def test_a_worker_name_is_free_at_once_and_what_it_left_goes() -> None:
     finally:
         remove(scratch.path)
     assert not scratch.path.exists()
+
+
+def test_a_node_of_a_run_has_one_agent_at_a_time() -> None:
+    run_id = new_run_id("lock")
+    first = Scratch(run_id, "n1")
+    try:
+        with pytest.raises(RunDirError, match="has an agent already"):
+            Scratch(run_id, "n1")
+        remove(Scratch(run_id, "n2").path)
+    finally:
+        remove(first.path)

@@ -8,7 +8,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,11 +34,11 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 @pytest.fixture
-def yard(tmp_path: Path) -> AsyncIterator[Path]:
+def yard(tmp_path: Path) -> Iterator[Path]:
     """Where awkward processes announce themselves; those that a broken stop left are killed, and fail the test."""
     path = tmp_path / "yard"
     path.mkdir()
-    yield path  # type: ignore[misc]
+    yield path
     left = []
     for file in path.glob("*.pid"):
         pid, start_time = map(int, file.read_text().split())
@@ -232,9 +232,7 @@ async def test_a_forgotten_worker_is_gone_from_the_table(rig: Rig) -> None:
 
 async def test_scratch_and_sockets_go_with_the_worker(rig: Rig) -> None:
     await rig.agent()
-    command = python("import os; open(os.environ['TMPDIR'] + '/f', 'w'); print('here', flush=True); os.wait3")
     await rig.start(order("a/0", ["sh", "-c", "echo x > $TMPDIR/f; sleep 300"], ready=Ready(notify=True)))
-    del command
     await rig.until(lambda: (rig.local() / "t" / "a-0" / "f").exists(), "the file in its scratch")
     assert (rig.local() / "n" / "a-0").is_socket()
     await rig.stop("a/0")
@@ -258,10 +256,10 @@ async def test_a_busy_agent_reaps_every_orphan(rig: Rig) -> None:
 
 
 @contextlib.contextmanager
-def suspended(pid: int) -> AsyncIterator[None]:
+def suspended(pid: int) -> Iterator[None]:
     os.kill(pid, signal.SIGSTOP)
     try:
-        yield  # type: ignore[misc]
+        yield
     finally:
         os.kill(pid, signal.SIGCONT)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
+import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -98,7 +100,7 @@ async def test_a_string_without_shell_syntax_gets_no_shell(rig: Rig) -> None:
 async def test_every_start_is_in_the_journal_before_it_is_answered(rig: Rig) -> None:
     await rig.agent()
     views = await rig.start(order("a/0", SLEEP), order("a/1", SLEEP))
-    records = journal.read(rig.rundir.journal("n0"))
+    records = [one for one in journal.read(rig.rundir.journal("n0")) if not isinstance(one, journal.Note)]
     assert [type(record) for record in records[:4]] == [journal.Intent] * 2 + [journal.Started] * 2
     started = [record for record in records if isinstance(record, journal.Started)]
     assert [record.pid for record in started] == [view.pid for view in views]
@@ -174,11 +176,28 @@ async def test_a_script_without_its_interpreter_is_named(rig: Rig, tmp_path: Pat
         await rig.start(order("a/0", ["./text"], cwd=str(tmp_path)))
 
 
-async def test_a_journal_that_cannot_be_written_refuses_the_start(rig: Rig) -> None:
-    rig.rundir.journal("n0").symlink_to("/dev/full")  # the agent refuses it at once
+async def test_what_cannot_be_journaled_is_not_started_and_nothing_else_suffers(rig: Rig) -> None:
+    await rig.agent()
+    await rig.start(order("a/0", SLEEP), order("a/1", SLEEP))
+    agent = rig.agents["n0"].join.agent_pid
+    size = rig.rundir.journal("n0").stat().st_size
+    resource.prlimit(agent, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    with pytest.raises(Refused, match=r"b/0: the journal cannot be written: .*File too large") as refused:
+        await rig.start(order("b/0", SLEEP))
+    assert refused.value.kind == "start_failed"
+    process.send(process.identify(rig.agents["n0"].views["a/0"].pid or 0), signal.SIGKILL)  # type: ignore[arg-type]
+    await rig.state("a/0", WorkerState.FAILED)
+    resource.prlimit(agent, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    await rig.start(order("b/0", SLEEP))
+    states = {view.worker: view.state for view in await rig.ask("views", None, list[WorkerView])}
+    assert states == {"a/0": WorkerState.FAILED, "a/1": WorkerState.RUNNING, "b/0": WorkerState.RUNNING}
+
+
+async def test_a_journal_that_is_no_plain_file_ends_the_agent(rig: Rig) -> None:
+    rig.rundir.journal("n0").symlink_to("/dev/full")
     rig.launch()
     assert await rig.gone() == 1
-    assert "Error" not in rig.rundir.agent_log("n0").read_text().split("\n")[0]
+    assert "Traceback" not in rig.rundir.agent_log("n0").read_text()
 
 
 # --- what they do by themselves

@@ -32,6 +32,8 @@ def main() -> None:
             print(f"step {step} loss {mean.item() / dist.get_world_size():.4f}", flush=True)
     if rank == 0:
         print(f"world {dist.get_world_size()} final {mean.item() / dist.get_world_size():.4f}", flush=True)
+    dist.barrier()  # nobody leaves while another still talks
+    del model
     dist.destroy_process_group()
 
 

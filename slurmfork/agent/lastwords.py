@@ -45,10 +45,10 @@ def in_words(code: int, *, ours: bool = False) -> str:
     return f"killed by {name}" + (" (out of memory?)" if -code == signal.SIGKILL and not ours else "")
 
 
-def tail(path: str | None, begin: int) -> str:
+def tail(path: Path, begin: int) -> str:
     """The end of what a log holds from ``begin`` on: some lines, some bytes, whichever is less."""
     try:
-        descriptor = os.open(path or "", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return ""
     try:

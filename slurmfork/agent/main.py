@@ -34,6 +34,7 @@ from slurmfork.agent.supervisor import Supervisor
 from slurmfork.agent.tree import Trees
 from slurmfork.agent.uplink import Uplink
 from slurmfork.errors import Refused, SlurmforkError
+from slurmfork.journal import Note
 from slurmfork.messages import (
     ApiAnswer,
     ApiCall,
@@ -108,6 +109,8 @@ class Agent:
         """From the first word with the head to the last."""
         alarms.listen(self._told, pass_on=self._supervisor.pass_on, reap=self._supervisor.reap)
         alarms.watch_guardian(self._guardian_pid, self._told)
+        note = f"agent {__version__} of node {self._node.name} begins, pid {os.getpid()}"
+        self._site.ledger.later(Note(text=note))
         self._server.open()
         self._begin(self._stay_joined())
         status = await self._over
@@ -215,7 +218,9 @@ class Agent:
         if self._uplink.up:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._ordered.wait(), HEADS_TURN_S)
-        if not self._ordered.is_set():
+        if self._ordered.is_set():
+            await self._supervisor.end(self._budget())  # what was ordered before knew of no limit
+        else:
             await self._end_alone(status)
 
     def _budget(self) -> float | None:

@@ -6,6 +6,7 @@ Under /tmp, where anybody may have put anything before: only real directories of
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import stat
@@ -57,6 +58,7 @@ class Scratch:
             self.path = private_directory(node_directory(run_id, node))
             self._workers = private_directory(self.path / "t")
             self._notify = private_directory(self.path / "n")
+            self._lock = _lock(self.path / "lock")
         except OSError as error:
             raise RunDirError(f"cannot make {error.filename}: {error.strerror}") from None
 
@@ -89,6 +91,17 @@ class Scratch:
                 return None
             return aside
         return None
+
+
+def _lock(path: Path) -> int:
+    """Hold the directory for as long as this process lives; raises RunDirError where another one does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise RunDirError(f"this node of the run has an agent already: it holds {path}") from None
+    return descriptor
 
 
 def _short(name: str) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import time
-from pathlib import Path
 
 from slurmfork import journal
 from slurmfork.agent import readiness
@@ -18,16 +17,16 @@ from slurmfork.agent.lastwords import caught, in_words, signal_number, tail
 from slurmfork.agent.outfit import Outfit, Site, outfit
 from slurmfork.agent.scratch import remove
 from slurmfork.agent.spawn import StartFailed, open_log, spawn
+from slurmfork.agent.standing import Standing
 from slurmfork.agent.stopping import KILL_BOUND_S, Outcome, Stopping
 from slurmfork.messages import Order, StopResult, WorkerView
-from slurmfork.names import LIVE_STATES, UP_STATES, WorkerState
+from slurmfork.names import LIVE_STATES, WorkerState
 from slurmfork.process import Identity, send
 
 log = logging.getLogger(__name__)
 
 LONGEST_BACKOFF_S = 60.0
 REAP_TIMEOUT_S = 1.0
-STATUS_INTERVAL_S = 0.25
 
 
 class Worker:
@@ -36,15 +35,9 @@ class Worker:
     def __init__(self, order: Order, site: Site) -> None:
         role, _, index = order.worker.partition("/")
         self.order = order
-        self.view = WorkerView(
-            worker=order.worker,
-            role=role,
-            index=int(index),
-            node=site.node.name,
-            target=order.target,
-            rank=order.rank,
-            log=str(site.node.rundir.worker_log(role, int(index))),
-        )
+        self.log_path = site.node.rundir.worker_log(role, int(index))
+        self._standing = Standing(order, node=site.node.name, log_path=str(self.log_path), tell=site.tell)
+        self.view = self._standing.view
         self._site = site
         self._loop = asyncio.get_running_loop()
         self._wanted = True
@@ -60,7 +53,6 @@ class Worker:
         self._stopping: Stopping | None = None
         self._winding_up: asyncio.Task[None] | None = None
         self._outcome = Outcome()
-        self._status_due: asyncio.TimerHandle | None = None
 
     @property
     def name(self) -> str:
@@ -85,7 +77,7 @@ class Worker:
 
     def prepare(self) -> None:
         """Lay out all that a start needs; raises StartFailed. ``discard`` undoes it."""
-        self._outfit = outfit(self.order, self._site, self._said)
+        self._outfit = outfit(self.order, self._site, self._standing.said)
         self.view.gpus, self.view.ports = list(self._outfit.gpus), list(self._outfit.ports)
         self._next_start()
 
@@ -119,7 +111,7 @@ class Worker:
             raise StartFailed("stopped before it was started")
         assert self._outfit is not None
         self._reaped.clear()
-        descriptor = open_log(Path(self.view.log or ""))
+        descriptor = open_log(self.log_path)
         try:
             self._log_begin = os.fstat(descriptor).st_size
             if self._outfit.notify:
@@ -132,14 +124,9 @@ class Worker:
 
     def _begun(self, leader: Identity) -> None:
         """It has a process: settle what it is now."""
-        self._site.trees.enter(self.name, leader, self.view.log or "")
-        self.view.pid, self.view.started = leader.pid, time.time()
-        self.view.ready = self.view.ended = self.view.exit_status = None
-        self.view.log_tail = ""
-        if self.order.ready is None:
-            self._become(WorkerState.RUNNING)
-        else:
-            self._become(WorkerState.STARTING)
+        self._site.trees.enter(self.name, leader, str(self.log_path))
+        self._standing.begun(leader, checked=self.order.ready is not None)
+        if self.order.ready is not None:
             self._checking = asyncio.ensure_future(self._await_ready())
 
     async def _await_ready(self) -> None:
@@ -161,35 +148,14 @@ class Worker:
             self._fall(f"the readiness check failed: {error}")
         else:
             self._checking = None
-            self.view.ready = time.time()
-            self._become(WorkerState.READY, self.view.reason)
-
-    def _said(self, status: str) -> None:
-        """A STATUS line of the worker; told in its time, however often it changes."""
-        if self.view.state in (*UP_STATES, WorkerState.STARTING) and status != self.view.reason:
-            self.view.reason = status
-            if self._status_due is None:
-                self._status_due = self._loop.call_later(STATUS_INTERVAL_S, self._tell_status)
-
-    def _tell_status(self) -> None:
-        self._status_due = None
-        self._site.tell(self.view)
-
-    def _become(self, state: WorkerState, reason: str = "") -> None:
-        if (state, reason) != (self.view.state, self.view.reason):
-            process = f", pid {self.view.pid}" if self.view.pid else ""
-            log.info("%s is %s%s%s", self.name, state, process, f": {reason}" if reason else "")
-        self.view.state, self.view.reason = state, reason
-        self._site.tell(self.view)
+            self._standing.ready()
 
     # --- end
 
     def exited(self, code: int) -> None:
         """Its process has ended and was reaped; ``code`` as ``os.waitstatus_to_exitcode`` has it."""
         assert self._leader is not None
-        self.view.exit_status = code if code >= 0 else 128 - code
-        self.view.ended = time.time()
-        self.view.pid = None
+        self._standing.ended(code if code >= 0 else 128 - code)
         self._site.ledger.later(
             journal.Ended(
                 start_id=self._start_id,
@@ -205,7 +171,7 @@ class Worker:
         if self._winding_up is None and self.view.state in LIVE_STATES:
             self._fall(words, well=code == 0)
         elif self._stopping is None or not self._stopped:
-            self._site.tell(self.view)  # its state was settled before, its exit status was not known
+            self._standing.tell()  # its state was settled before, its exit status was not known
 
     def _fall(self, reason: str, *, well: bool = False) -> None:
         """It ended, or is not what it should be: settle what becomes of it, say so, clean up behind it."""
@@ -214,21 +180,18 @@ class Worker:
         self._stop_checking()
         pause = self._pause_before_restart(well=well)
         if not well:
-            self.view.log_tail = tail(self.view.log, self._log_begin)
+            self.view.log_tail = tail(self.log_path, self._log_begin)
         self._begin_winding_up(pause)
         if pause is not None:
             count = f"restart {self.view.restarts + 1} of {self.order.restart.max} in {pause:g} s"
-            self._become(WorkerState.RESTARTING, f"{reason}; {count}")
+            self._standing.become(WorkerState.RESTARTING, f"{reason}; {count}")
         else:
-            self._become(WorkerState.EXITED if well else WorkerState.FAILED, "" if well else reason)
+            self._standing.become(WorkerState.EXITED if well else WorkerState.FAILED, "" if well else reason)
 
     def _stop_checking(self) -> None:
         if self._checking is not None:
             self._checking.cancel()
             self._checking = None
-        if self._status_due is not None:
-            self._status_due.cancel()
-            self._status_due = None
 
     def _pause_before_restart(self, *, well: bool) -> float | None:
         """Seconds until it is started again; None: it is not."""
@@ -279,11 +242,11 @@ class Worker:
             self.view.restarts += 1
             self.launch()
         except OSError as error:
-            self._become(WorkerState.FAILED, f"not restarted, the journal cannot be written: {error}")
+            self._standing.become(WorkerState.FAILED, f"not restarted, the journal cannot be written: {error}")
             return False
         except StartFailed as error:
             if self._wanted and not self._site.closing:
-                self._become(WorkerState.FAILED, str(error))
+                self._standing.become(WorkerState.FAILED, str(error))
             return False
         self._winding_up = None
         self._site.ledger.later(self.started())
@@ -294,9 +257,9 @@ class Worker:
         survivors = self._outcome.survivors
         if self._stopped or self.view.state is WorkerState.RESTARTING:
             how = " (killed: it outlived its grace)" if self._outcome.killed and not survivors else ""
-            self._become(WorkerState.STOPPED, f"stopped{how}")
+            self._standing.become(WorkerState.STOPPED, f"stopped{how}")
         if survivors:
-            self._become(self.view.state, f"would not die: {'; '.join(survivors)}")
+            self._standing.become(self.view.state, f"would not die: {'; '.join(survivors)}")
         else:
             self.discard()
         self._winding_up = None

@@ -183,15 +183,13 @@ def _root(root: Path, nearest: Path) -> Check:
         return Check(name="root", ok=False, detail=detail)
     if nearest != root:
         return Check(name="root", ok=True, detail=f"{root} will be made by the first run")
-    mode = root.stat().st_mode & 0o7777
-    if mode & 0o022 and not mode & stat.S_ISVTX:  # with the sticky bit nobody can take another's directory away
-        detail = f"{root} can be written by others (mode {mode:o}): chmod go-w it, or choose another with --root"
+    mode = root.stat().st_mode
+    sticky = mode & stat.S_ISVTX  # nobody can take another's directory away then
+    if mode & 0o022 and not sticky:
+        detail = f"{root} can be written by others: chmod go-w it, or choose another with --root"
         return Check(name="root", ok=False, detail=detail)
-    return Check(
-        name="root",
-        ok=True,
-        detail=f"{root} can be written" + ("" if mode & stat.S_ISVTX else ", by you alone"),
-    )
+    detail = f"{root} can be written" + ("" if sticky else ", by you alone")
+    return Check(name="root", ok=True, detail=detail)
 
 
 def _space(nearest: Path) -> Check:

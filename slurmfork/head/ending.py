@@ -135,8 +135,10 @@ class Ending:
         verdict = await self.decided
         for hold in self._held.values():
             hold.cancel()
+        missing = self._members.close()
         survivors, unverified = await self._end_agents(verdict.budget)
-        await self._launcher_gone(verdict.budget)
+        if not await self._launcher_gone(verdict.budget) and missing:
+            unverified.append(f"{missing} nodes whose agents never joined")
         with contextlib.suppress(OSError):
             self._rundir.secrets.unlink(missing_ok=True)
         record = EndRecord(
@@ -175,10 +177,12 @@ class Ending:
                 survivors += [f"{node}: {line}" for line in answer.survivors]
         return survivors, unverified
 
-    async def _launcher_gone(self, budget: float | None) -> None:
-        """The launcher ends when the last guardian has; bounded, as nothing more depends on it."""
+    async def _launcher_gone(self, budget: float | None) -> bool:
+        """Whether the launcher has ended, as it does when the last guardian has; bounded."""
         patience = LAUNCHER_PATIENCE if budget is None else min(LAUNCHER_PATIENCE, budget)
         try:
             await asyncio.wait_for(asyncio.shield(self._launcher.ended), patience)
         except asyncio.TimeoutError:
             log.warning("the launcher is still there after %.0f s", patience)
+            return False
+        return True

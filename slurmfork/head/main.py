@@ -70,6 +70,8 @@ class Head:
             asyncio.ensure_future(self._watch_launcher()),
             asyncio.ensure_future(self._open_api(api_socket)),
         ]
+        await self._ending.decided
+        watch[0].cancel()  # nothing more is started
         record = await self._ending.carry_out()
         for task in watch:
             task.cancel()

@@ -63,10 +63,16 @@ class Members:
     ) -> None:
         self.expected = expected
         self.complete = asyncio.Event()
+        self.closed = False
         self._run_id = run_id
         self._addresses = addresses
         self._members: dict[str, Member] = {}
         self._on_join, self._on_lost, self._on_notice, self._on_api = on_join, on_lost, on_notice, on_api
+
+    def close(self) -> int:
+        """Take nobody in any more; returns how many nodes had not joined. Late agents leave as they came."""
+        self.closed = True
+        return self.expected - len(self._members)
 
     def sorted(self) -> list[Member]:
         """Members in the order of their nodes' names, numbers counted as numbers."""
@@ -93,6 +99,8 @@ class Members:
     def joined(self, join: Join, link: Link) -> Welcome:
         """Take an agent in (again, after a lost link); raises Refused for a stranger or a second one."""
         known = self._members.get(join.node)
+        if self.closed and known is None:
+            raise Refused("the run is ending: no node is taken in any more", "stopping")
         if known is not None and not known.link.closed and known.join.agent_pid != join.agent_pid:
             raise Refused(f"node {join.node} has an agent already", "conflict")
         if known is None and len(self._members) >= self.expected:
