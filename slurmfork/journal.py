@@ -124,11 +124,7 @@ class Journal:
         if written < len(data):
             raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes of the journal were written")
         if sync:
-            self.sync()
-
-    def sync(self) -> None:
-        """Have all that was written on the disk; raises OSError."""
-        os.fdatasync(self._descriptor)
+            os.fdatasync(self._descriptor)
 
     def close(self) -> None:
         """Close the file; harmless when repeated."""

@@ -21,6 +21,8 @@ Told = Callable[[str, int], None]
 def listen(told: Told, *, pass_on: Callable[[int], None], reap: Callable[[], None]) -> None:
     """Hear of signals from now on: ``told(reason, exit_status)`` to end, ``pass_on`` of those for workers."""
     loop = asyncio.get_running_loop()
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # a failed write is an error, no reason to die
+        signal.signal(number, signal.SIG_IGN)
     # uvloop keeps SIGCHLD from add_signal_handler, but runs a plain handler as soon as the signal comes.
     signal.signal(signal.SIGCHLD, lambda number, frame: loop.call_soon_threadsafe(reap))
     for number in ENDING_SIGNALS:

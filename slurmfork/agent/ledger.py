@@ -58,9 +58,6 @@ class Ledger:
                 self._tell(done, error)
             else:
                 self._tell(done, None)
-                if not sync and done is not None:  # while the process starts, so that its own record waits less
-                    with contextlib.suppress(OSError):  # the record that follows will say so
-                        self._journal.sync()
         self._journal.close()
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._finished.set)

@@ -40,7 +40,8 @@ class Standing:
     def become(self, state: WorkerState, reason: str = "") -> None:
         """It is in ``state`` now."""
         if (state, reason) != (self.view.state, self.view.reason):
-            log.info("%s is %s%s", self.view.worker, state, f": {reason}" if reason else "")
+            process = f", pid {self.view.pid}" if self.view.pid else ""
+            log.info("%s is %s%s%s", self.view.worker, state, process, f": {reason}" if reason else "")
         self.view.state, self.view.reason = state, reason
         self.tell()
 
@@ -63,7 +64,6 @@ class Standing:
         self.view.pid, self.view.started = leader.pid, time.time()
         self.view.ready = self.view.ended = self.view.exit_status = None
         self.view.log_tail = ""
-        log.info("%s started: pid %d", self.view.worker, leader.pid)
         self.become(WorkerState.STARTING if checked else WorkerState.RUNNING)
 
     def ready(self) -> None:

@@ -79,6 +79,8 @@ class Worker:
         """Lay out all that a start needs; raises StartFailed. ``discard`` undoes it."""
         self._outfit = outfit(self.order, self._site, self._standing.said)
         self.view.gpus, self.view.ports = list(self._outfit.gpus), list(self._outfit.ports)
+        # Made here, so that no new file is needed while the journal is being synced: it would wait for that.
+        os.close(open_log(self.log_path))
         self._next_start()
 
     def _next_start(self) -> None:
