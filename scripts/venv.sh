@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: finds a Python that is new enough and keeps .venv up to date with setup.cfg.
 # make_venv EXTRAS   e.g. "" or "[dev]"; afterwards $venv is its directory.
 

@@ -132,6 +132,7 @@ async def test_nothing_is_started_or_restarted_while_the_node_ends(rig: Rig) -> 
     )
     await rig.printed("a/0")
     ending = asyncio.ensure_future(rig.ask("end", EndOrder(budget=10.0), EndReport))
+    await rig.until(lambda: "orders the end" in rig.rundir.agent_log("n0").read_text(), "the end to begin")
     with pytest.raises(Refused) as refused:
         await rig.start(order("c/0", SLEEP))
     assert refused.value.kind == "stopping"
