@@ -152,12 +152,12 @@ class Workers:
 
         def settled() -> bool:
             stopping = self._table.state is RunState.STOPPING
-            return stopping or bool(self._fallen(workers)) or self._table.all_up(workers)
+            return stopping or bool(self._fallen(workers)) or not self._awaited(workers)
 
         try:
             await asyncio.wait_for(self._table.until(settled), timeout)
         except asyncio.TimeoutError:
-            late = [name for name in workers if not self._table.all_up([name])]
+            late = self._awaited(workers)
             raise Refused(f"not ready within {timeout:g} s: {_some(late)}", "timeout", self._views(late)) from None
         if fallen := self._fallen(workers):
             message = "; ".join(f"{view.worker}: {view.reason}" for view in fallen[:3])
@@ -165,11 +165,23 @@ class Workers:
         if self._table.state is RunState.STOPPING:
             raise Refused("the run is stopping", "stopping")
 
+    def _awaited(self, workers: Sequence[str]) -> list[str]:
+        """Those that are still to come up; one whose failure is ignored is not waited for."""
+        late = [name for name in workers if not self._table.all_up([name])]
+        ignored = {view.worker for view in self._views(late) if self._is_gone(view) and not self._counts(view)}
+        return [name for name in late if name not in ignored]
+
+    @staticmethod
+    def _is_gone(view: WorkerView) -> bool:
+        return view.state in (WorkerState.FAILED, WorkerState.STOPPED)
+
+    def _counts(self, view: WorkerView) -> bool:
+        """Whether its failure is one of what is being started; within a fork every child's is."""
+        return view.role in self._forking or not self.ignores(view.role)
+
     def _fallen(self, workers: Sequence[str]) -> list[WorkerView]:
         """Those that failed or were stopped. With ``on_failure: ignore`` a failure holds nothing up."""
-        views = self._views(workers)
-        gone = [view for view in views if view.state in (WorkerState.FAILED, WorkerState.STOPPED)]
-        return [view for view in gone if view.role in self._forking or not self.ignores(view.role)]
+        return [view for view in self._views(workers) if self._is_gone(view) and self._counts(view)]
 
     def ignores(self, role: str) -> bool:
         """Whether a failure in this role leaves the run alone."""
