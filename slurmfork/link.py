@@ -58,9 +58,13 @@ class Link:
         """End the connection; harmless when repeated."""
         self.closed = True
         self._writer.close()
+        self.give_up("the connection between head and agent was lost")
+
+    def give_up(self, reason: str) -> None:
+        """Have all pending requests raise Unreachable. The other side may do them all the same, later."""
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(Unreachable("the connection between head and agent was lost"))
+                future.set_exception(Unreachable(reason))
                 future.exception()  # whoever waits sees it; nobody waiting is no error
         self._waiting.clear()
 

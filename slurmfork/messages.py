@@ -140,7 +140,10 @@ class CancelRequest(Strict, kw_only=True):
 
 
 class NodeView(Struct, kw_only=True):
-    """One node of a run. ``guarantee``: which containment holds there, ``cgroup`` or ``rings``."""
+    """One node of a run. ``guarantee``: which containment holds there, ``cgroup`` or ``rings``.
+
+    ``silent``: its agent does not answer at the moment.
+    """
 
     node: str
     address: str = ""
@@ -150,6 +153,7 @@ class NodeView(Struct, kw_only=True):
     cpus: int = 0
     agent_pid: int | None = None
     guardian_pid: int | None = None
+    silent: bool = False
     notes: list[str] = field(default_factory=list)
 
 

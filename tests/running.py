@@ -99,6 +99,10 @@ class Shell:
         """Descriptions of processes that carry the run's tag."""
         return [process.describe(one) for one in process.tagged(run_id)]
 
+    def pids(self, run_id: str) -> list[int]:
+        """PIDs of all processes that carry the run's tag."""
+        return [one.pid for one in process.tagged(run_id)]
+
     def end(self) -> None:
         for run_id in self.runs:
             self.call("cancel", run_id)

@@ -99,6 +99,7 @@ class Agent:
             "signal": lambda body: _now(self._supervisor.signal(_read(body, SignalOrder))),
             "reserve": lambda body: _now(self._supervisor.reserve(_read(body, ReserveOrder))),
             "views": lambda body: _now(self._supervisor.views()),
+            "ping": lambda body: _now(None),
         }
         self._over: asyncio.Future[int] = self._loop.create_future()
         self._told_at: float | None = None

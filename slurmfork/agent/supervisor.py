@@ -75,17 +75,21 @@ class Supervisor:
         """
         task = self._answers.get(order.request_id)
         if task is None:
-            task = self._answers[order.request_id] = asyncio.ensure_future(self._start(order.orders))
+            # The names are taken before anything is awaited: a stop that comes next finds whom it means.
+            workers = self._take_in(order.orders)
+            task = self._answers[order.request_id] = asyncio.ensure_future(self._start(workers))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             while len(self._answers) > ANSWERS_KEPT:
                 del self._answers[next(iter(self._answers))]
         return await asyncio.shield(task)
 
-    async def _start(self, orders: list[Order]) -> list[WorkerView]:
+    def _take_in(self, orders: list[Order]) -> list[Worker]:
         self._refuse(orders)
         workers = [Worker(order, self._site) for order in orders]
-        for worker in workers:  # from here on the names are taken
-            self._workers[worker.name] = worker
+        self._workers.update({worker.name: worker for worker in workers})
+        return workers
+
+    async def _start(self, workers: list[Worker]) -> list[WorkerView]:
         failed: dict[str, StartFailed] = {}
         for worker in workers:
             self._try(worker.prepare, worker.name, failed)

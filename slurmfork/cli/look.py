@@ -129,7 +129,8 @@ def _left(one: RunStatus) -> str:
 def _node(node: NodeView) -> list[object]:
     gpus = output.numbers(node.devices) or "-"
     notes = "; ".join(node.notes)
-    return [node.node, "yes" if node.joined else "NO", node.guarantee, gpus, node.cpus, node.address, notes]
+    joined = "SILENT" if node.silent else "yes" if node.joined else "NO"
+    return [node.node, joined, node.guarantee, gpus, node.cpus, node.address, notes]
 
 
 # --- ps

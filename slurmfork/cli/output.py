@@ -39,6 +39,7 @@ STYLES = {
     "pending": "cyan",
     "starting": "cyan",
     "NO": "bold red",
+    "SILENT": "bold red",
 }
 
 _written = False  # a document is on stdout: there may be one only

@@ -18,9 +18,11 @@ import msgspec
 
 from slurmfork import credentials
 from slurmfork.errors import Refused, SlurmforkError
+from slurmfork.head.forking import Forks
 from slurmfork.head.metrics import exposition
+from slurmfork.head.once import Once
 from slurmfork.head.table import Table
-from slurmfork.head.workers import Once, Workers
+from slurmfork.head.workers import Workers
 from slurmfork.messages import (
     CancelRequest,
     ErrorReply,
@@ -65,6 +67,7 @@ class Api:
     def __init__(self, table: Table, workers: Workers, cancel: Cancel) -> None:
         self._table = table
         self._workers = workers
+        self._forks = Forks(table, workers)
         self._cancel = cancel
         self._once = Once()
         self._posts: dict[str, Callable[[bytes], Awaitable[Any]]] = {
@@ -127,7 +130,7 @@ class Api:
 
     async def _fork(self, body: bytes) -> Any:
         request = msgspec.json.decode(body, type=ForkRequest)
-        return await self._once.run(request.request_id, request, lambda: self._workers.fork(request))
+        return await self._once.run(request.request_id, request, lambda: self._forks.fork(request))
 
     async def _stop(self, body: bytes) -> Any:
         request = msgspec.json.decode(body, type=StopRequest)

@@ -91,7 +91,7 @@ class Ending:
             self._check_over(planned)
 
     def _tolerated(self, view: WorkerView) -> bool:
-        return self._workers.forking(view.role) or self._workers.ignores(view.role)
+        return view.role in self._workers.forking or self._workers.ignores(view.role)
 
     def _hold(self, view: WorkerView) -> None:
         self._held[view.worker] = asyncio.get_running_loop().call_later(HOLD, self._fail, view)

@@ -87,6 +87,7 @@ class Head:
             known,
             on_join=self._joined,
             on_lost=self._lost,
+            on_silence=self._silent,
             on_notice=self._noticed,
             on_api=self._worker_api,
         )
@@ -192,6 +193,12 @@ class Head:
     def _lost(self, node: str) -> None:
         if not self._ending.decided.done():
             self._ending.node_lost(node)
+
+    def _silent(self, node: str, silent: bool) -> None:
+        self._table.nodes[node].silent = silent
+        message = "the agent does not answer" if silent else "the agent answers again"
+        log.warning("node %s: %s", node, message)
+        self._table.event("node", state="silent" if silent else "joined", node=node, message=message)
 
     def _noticed(self, node: str, op: str, body: msgspec.Raw) -> None:
         if op == "worker":

@@ -1,7 +1,8 @@
 """The members: the agents that joined, their links, and asking several of them at once.
 
 Nodes listen on no port: each agent connects to the head's link port with its certificate and stays. A link that
-is lost may come back within the lease; after that the node counts as lost.
+is lost may come back within the lease; after that the node counts as lost. Each agent is asked now and then whether
+it still answers; of one that hangs nobody waits for the rest of a long time limit.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,16 +28,20 @@ T = TypeVar("T")
 HEARTBEAT = 10.0
 LEASE = 5.0
 SPARE_PORTS = 4
+PING_INTERVAL = 5.0
+SILENCE = 10.0  # seconds without an answer after which an agent counts as hanging
+SILENT_PATIENCE = 2.0  # seconds for an answer of one that hangs
 
 
 @dataclass
 class Member:
-    """One node's agent. ``ports`` are reserved there for the rendezvous of roles."""
+    """One node's agent. ``ports`` are reserved there for the rendezvous of roles; ``silent``: it hangs."""
 
     join: Join
     link: Link
     address: str
     ports: list[int] = field(default_factory=list)
+    silent: bool = False
 
     @property
     def node(self) -> str:
@@ -46,8 +51,9 @@ class Member:
 class Members:
     """Accepts agents on the link port and keeps their links.
 
-    ``on_join``, ``on_lost`` hear of nodes (a lost one after its lease); ``on_notice(node, op, body)`` of what
-    agents tell; ``on_api(node, body)`` serves a worker's API call.
+    ``on_join``, ``on_lost`` hear of nodes (a lost one after its lease), ``on_silence(node, silent)`` of one that
+    hangs, or answers again; ``on_notice(node, op, body)`` hears what agents tell; ``on_api(node, body)`` serves a
+    worker's API call.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class Members:
         *,
         on_join: Callable[[NodeView], None],
         on_lost: Callable[[str], None],
+        on_silence: Callable[[str, bool], None],
         on_notice: Callable[[str, str, msgspec.Raw], None],
         on_api: Callable[[str, msgspec.Raw], Awaitable[Any]],
     ) -> None:
@@ -67,7 +74,8 @@ class Members:
         self._run_id = run_id
         self._addresses = addresses
         self._members: dict[str, Member] = {}
-        self._on_join, self._on_lost, self._on_notice, self._on_api = on_join, on_lost, on_notice, on_api
+        self._on_join, self._on_lost, self._on_silence = on_join, on_lost, on_silence
+        self._on_notice, self._on_api = on_notice, on_api
 
     def close(self) -> int:
         """Take nobody in any more; returns how many nodes had not joined. Late agents leave as they came."""
@@ -92,7 +100,10 @@ class Members:
             writer.close()
             return
         door = _Door(self, reader, writer)
-        await door.link.run()
+        try:
+            await door.link.run()
+        finally:
+            door.close()
         if door.node is not None:
             asyncio.get_running_loop().call_later(LEASE, self._left, door.node, door.link)
 
@@ -120,6 +131,25 @@ class Members:
         if len(self._members) >= self.expected and all(member.ports for member in self._members.values()):
             self.complete.set()
 
+    async def stay_in_touch(self, node: str, link: Link) -> None:
+        """Ask the agent at the other end of ``link`` now and then whether it answers, as long as there is one."""
+        member = self.get(node)
+        while member.link is link and not link.closed:
+            try:
+                await link.ask("ping", None, Any, timeout=SILENCE)
+            except asyncio.TimeoutError:
+                silent = True
+            except SlurmforkError:
+                return
+            else:
+                silent = False
+            if silent != member.silent:
+                member.silent = silent
+                self._on_silence(node, silent)
+                if silent:
+                    link.give_up(f"the agent on node {node} does not answer")
+            await asyncio.sleep(0 if silent else PING_INTERVAL)
+
     def _left(self, node: str, link: Link) -> None:
         if self._members[node].link is link:
             self._on_lost(node)
@@ -138,10 +168,14 @@ class Members:
 
     async def ask(self, node: str, op: str, body: Any, kind: type[T], timeout: float | None = None) -> T:
         """Ask one agent; raises Refused, Unreachable (also when it does not answer in time)."""
+        member = self.get(node)
+        if member.silent:
+            timeout = SILENT_PATIENCE if timeout is None else min(timeout, SILENT_PATIENCE)
         try:
-            return await self.get(node).link.ask(op, body, kind, timeout)
+            return await member.link.ask(op, body, kind, timeout)
         except asyncio.TimeoutError:
-            raise Unreachable(f"the agent on node {node} did not answer within {timeout:.0f} s") from None
+            hangs = ": it hangs" if member.silent else ""
+            raise Unreachable(f"the agent on node {node} did not answer within {timeout:.0f} s{hangs}") from None
 
     async def ask_each(
         self, op: str, bodies: dict[str, Any], kind: type[T], timeout: float | None = None
@@ -179,15 +213,24 @@ class _Door:
             join = msgspec.json.decode(body, type=Join)
             welcome = self._members.joined(join, self.link)
             self.node = join.node
-            task = asyncio.ensure_future(self._members.settled(join.node))
-            self._tasks.add(task)
-            task.add_done_callback(self._settled)
+            self._begin(self._members.settled(join.node))
+            self._begin(self._members.stay_in_touch(join.node, self.link))
             return welcome
         if self.node is None:
             raise Refused("join first", "conflict")
         return await self._members.notice(self.node, op, body)
 
-    def _settled(self, task: asyncio.Task[None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def close(self) -> None:
+        """The connection is over, and what is done about it."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.warning("node %s: %s", self.node, error)

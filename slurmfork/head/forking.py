@@ -1,0 +1,130 @@
+"""The fork RPC: children started beside each target, all of them or none. Decides what may be forked and where.
+
+Starting and stopping are ``head.workers``'; what a failure means for the run is ``head.ending``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import Sequence
+
+import msgspec
+
+from slurmfork import plan
+from slurmfork.errors import Refused, SlurmforkError
+from slurmfork.head.table import Table
+from slurmfork.head.workers import Workers, some, views_of
+from slurmfork.messages import ForkReply, ForkRequest
+from slurmfork.names import LIVE_STATES, OVER_STATES, UP_STATES, RunState, WorkerState
+from slurmfork.plan import Placement
+from slurmfork.spec import Role, Strategy
+
+
+class Forks:
+    """Serves fork requests, one at a time for each role."""
+
+    def __init__(self, table: Table, workers: Workers) -> None:
+        self._table = table
+        self._workers = workers
+
+    async def fork(self, request: ForkRequest) -> ForkReply:
+        """Start children beside each target; all of them or none. Raises Refused with the reason."""
+        self._refuse_if_stopping()
+        role, command = self._role(request)
+        held = any(view.state in LIVE_STATES for view in self._table.of_role(request.role))
+        if held or request.role in self._workers.forking:
+            raise Refused(
+                f"role {request.role} runs already; `slurmfork stop` it first, or fork under another name",
+                "in_use",
+            )
+        targets = self._targets(request.target or role.strategy.target)
+        self._workers.forking.add(request.role)
+        try:
+            return await self._fork(request, role, command, targets)
+        finally:
+            self._workers.forking.discard(request.role)
+
+    async def _fork(
+        self, request: ForkRequest, role: Role, command: list[str] | None, targets: list[Placement]
+    ) -> ForkReply:
+        try:
+            placements = plan.colocate(
+                request.role, role, targets, count=request.count, replicas=_replicas(role, request)
+            )
+        except SlurmforkError as error:
+            raise Refused(str(error), "misfit") from None
+        self._workers.forget(request.role)
+        self._workers.adopt(request.role, role)
+        self._workers.expect(placements)
+        names = [placement.worker for placement in placements]
+        try:
+            await self._bring_up(request, placements, command)
+            self._refuse_if_gone(targets)
+        except BaseException as error:
+            await asyncio.shield(self._roll_back(request.role, names, error))
+            raise
+        return ForkReply(workers=self._workers.views(names))
+
+    async def _bring_up(self, request: ForkRequest, placements: list[Placement], command: list[str] | None) -> None:
+        names = [placement.worker for placement in placements]
+        begun = asyncio.get_running_loop().time()
+        await self._workers.start(placements, command=command, extra=request.env, timeout=request.timeout)
+        taken = asyncio.get_running_loop().time() - begun
+        await self._workers.until_up(names, request.timeout, taken=taken)
+
+    async def _roll_back(self, role: str, workers: list[str], error: BaseException) -> None:
+        """Stop those that did start, and leave the name free; what failed is told by the error."""
+        if isinstance(error, Refused):
+            error.detail = [msgspec.structs.replace(view) for view in views_of(error)]
+        self._table.event("fork", state="failed", message=f"{role}: {error}")
+        if self._table.state is RunState.STOPPING:
+            return  # the end of the run stops them
+        reply = await self._workers.end(workers, grace=None, forget=True)
+        left = {result.worker: result.survivors for result in reply.results if result.survivors}
+        if not left:
+            self._workers.forget(role)
+        for view in self._workers.views(left):  # who may still be there stays in sight
+            view.state, view.reason = WorkerState.FAILED, "; ".join(left[view.worker])
+            self._table.update_worker(msgspec.structs.replace(view))
+
+    # --- what is asked for
+
+    def _role(self, request: ForkRequest) -> tuple[Role, list[str] | None]:
+        """The role to fork, from the spec or made up for this fork, and the command that replaces its own."""
+        role = self._workers.spec.roles.get(request.role)
+        if role is None:
+            if request.command is None:
+                near = difflib.get_close_matches(request.role, self._workers.spec.roles, 1)
+                hint = f"did you mean {near[0]!r}?" if near else "it is not in the spec: give a command after --"
+                raise Refused(f"unknown role {request.role!r}; {hint}", "unknown")
+            strategy = Strategy(type="colocation", target=request.target)
+            return Role(command=list(request.command), strategy=strategy), None
+        if not role.colocated:
+            raise Refused(f"role name {request.role} is in use: it is one of the spec's own, not forked", "in_use")
+        return role, request.command
+
+    def _targets(self, target: str | None) -> list[Placement]:
+        """Placements of the workers that a fork goes beside; all must be up."""
+        if target is None:
+            raise Refused("no target: say beside which role with --target", "unknown")
+        views = self._workers.find(target)
+        if down := [view for view in views if view.state not in UP_STATES]:
+            states = ", ".join(f"{view.worker} is {view.state}" for view in down[:4])
+            raise Refused(f"the target is not running: {states}", "not_running")
+        return [self._workers.placement(view.worker) for view in views]
+
+    def _refuse_if_gone(self, targets: Sequence[Placement]) -> None:
+        gone = [target.worker for target in targets if self._table.workers[target.worker].state in OVER_STATES]
+        if gone:
+            raise Refused(f"the target ended during the fork: {some(gone)}", "not_running")
+
+    def _refuse_if_stopping(self) -> None:
+        if self._table.state not in (RunState.STARTING, RunState.READY):
+            raise Refused(f"the run is {self._table.state}: nothing can be started in it", "stopping")
+
+
+def _replicas(role: Role, request: ForkRequest) -> int | None:
+    """The spec's number of children holds, unless the request names one target or a count of its own."""
+    partial = request.target is not None and request.target != role.strategy.target
+    return None if partial or request.count > 1 else role.replicas
