@@ -13,9 +13,9 @@ from slurmfork.version import __version__
 if TYPE_CHECKING:
     from slurmfork.errors import SlurmforkError as SlurmforkError
     from slurmfork.run import Run as Run
-    from slurmfork.run import submit as submit
     from slurmfork.spec import Spec as Spec
     from slurmfork.spec.reader import load as load_spec
+    from slurmfork.submission import submit as submit
     from slurmfork.worker import current as current
 
 _HOMES = {
@@ -24,7 +24,7 @@ _HOMES = {
     "SlurmforkError": ("slurmfork.errors", "SlurmforkError"),
     "current": ("slurmfork.worker", "current"),
     "load_spec": ("slurmfork.spec.reader", "load"),
-    "submit": ("slurmfork.run", "submit"),
+    "submit": ("slurmfork.submission", "submit"),
 }
 
 __all__ = ["Run", "SlurmforkError", "Spec", "__version__", "current", "load_spec", "submit"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import secrets
 import socket
 import ssl
 from collections.abc import Iterator, Sequence
@@ -184,11 +183,6 @@ class Client:
             connection.sock = tls
             return connection
         raise failure or OSError("the head has no address")
-
-
-def new_request_id() -> str:
-    """A request id: what carries it is done once, however often it is sent."""
-    return secrets.token_hex(12)
 
 
 def _refusal(status: int, body: bytes) -> Refused:

@@ -7,14 +7,19 @@ Strict: unknown fields and wrong types are errors. All times are seconds since t
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct, field
 
 from slurmfork import names
+from slurmfork.errors import UsageError
 from slurmfork.names import WorkerState
 from slurmfork.spec.model import Ready, Restart, Stop
+
+R = TypeVar("R", bound=Struct)
 
 Name: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.NAME_PATTERN.pattern}\Z")]
 WorkerName: TypeAlias = Annotated[str, Meta(pattern=rf"^{names.WORKER_PATTERN.pattern}\Z")]
@@ -344,6 +349,41 @@ class Frame(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
     kind: str = ""
 
 
-def to_text(value: Any) -> str:
-    """A struct as JSON text."""
-    return msgspec.json.encode(value).decode()
+# --- making requests ---------------------------------------------------------------------------------------
+
+
+def new_request_id() -> str:
+    """A request id: what carries it is done once, however often it is sent."""
+    return secrets.token_hex(12)
+
+
+def fork_request(
+    role: str,
+    *,
+    target: str | None,
+    count: int,
+    env: Mapping[str, str] | None,
+    command: Sequence[str] | None,
+    timeout: float | None,
+    request_id: str | None = None,
+) -> ForkRequest:
+    """A fork request, with an id of its own if none is given; raises UsageError for what the head would refuse."""
+    return checked(
+        ForkRequest(
+            role=role,
+            request_id=request_id or new_request_id(),
+            target=target,
+            count=count,
+            env=dict(env or {}),
+            command=list(command) if command else None,
+            timeout=timeout,
+        )
+    )
+
+
+def checked(request: R) -> R:
+    """A request held to the rules of its type, before anything is sent; raises UsageError."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(request), type=type(request))
+    except msgspec.ValidationError as error:
+        raise UsageError(str(error)) from None

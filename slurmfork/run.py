@@ -1,4 +1,4 @@
-"""Runs: submitting a spec, and the handle on what was submitted. What the CLI and Python users hold.
+"""Runs: the handle on what was submitted, which the CLI and Python users hold.
 
 run = slurmfork.submit("grpo.yaml")
 run.wait("ready")
@@ -8,139 +8,37 @@ run.cancel()
 
 from __future__ import annotations
 
-import getpass
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
-
-import msgspec
 
 from slurmfork import backends, rundir
 from slurmfork.backends.base import Backend, Job, JobReport
-from slurmfork.client import Client, new_request_id
+from slurmfork.client import Client
 from slurmfork.errors import RunDirError, StillAlive, Unreachable, UsageError
 from slurmfork.messages import (
     CancelReply,
     CancelRequest,
     Event,
-    ForkRequest,
     SignalRequest,
     StopReply,
     StopRequest,
     WorkerView,
+    checked,
+    fork_request,
+    new_request_id,
 )
 from slurmfork.names import RunState
 from slurmfork.observe import Observation, RunStatus
 from slurmfork.rundir import EndRecord, RunDir, RunRecord
 from slurmfork.spec import Spec
 
-R = TypeVar("R", bound=msgspec.Struct)
-
 POLL = 0.05  # seconds between looks at a file that another node will write
 SCHEDULER_POLL = 2.0  # seconds between asking the backend, which asks Slurm still more seldom
 END_PATIENCE = 60.0
 HEAD_PATIENCE = 15.0  # seconds of silence after which a followed head is asked whether it lives
-
-
-def submit(
-    spec: Spec | str | os.PathLike[str],
-    *,
-    backend: str | None = None,
-    root: str | os.PathLike[str] | None = None,
-    template: str | os.PathLike[str] | None = None,
-    overrides: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-) -> Run:
-    """Submit a spec (or the path of one) and return the run, which is pending then.
-
-    ``overrides`` are ``key=value`` as with ``--set``; secrets are read from ``environment`` (default: this
-    process's). Raises SpecError, PlanError, RunDirError, BackendError; then nothing was submitted.
-    """
-    from slurmfork import plan, render
-
-    source = None if isinstance(spec, Spec) else Path(spec)
-    spec = _read(spec, overrides, backend)
-    secrets = _secrets(spec, os.environ if environment is None else environment)
-    asked = plan.request(spec)
-    giver = backends.get(spec.backend)
-    directory = _new_rundir(Path(root).absolute() if root else rundir.default_root(), spec.name)
-    script = render.render(
-        spec,
-        run_id=directory.run_id,
-        run_dir=directory.path,
-        request=asked,
-        python=sys.executable,
-        package=Path(__file__).resolve().parent,
-        template=Path(template) if template else None,
-    )
-    record = RunRecord(
-        run_id=directory.run_id,
-        name=spec.name,
-        backend=spec.backend,
-        submitted=time.time(),
-        cwd=str(Path.cwd()),
-        user=getpass.getuser(),
-        nodes=asked.nodes,
-    )
-    _fill(directory, spec, script, record, secrets, source)
-    try:
-        job = giver.submit(directory, spec, asked)
-    except BaseException:
-        _remove(directory)
-        raise
-    record.job_id, record.cluster, record.submitted = job.job_id, job.cluster, job.submitted
-    directory.write_record(directory.record, record)
-    return Run(directory, record, notes=job.notes)
-
-
-def _read(spec: Spec | str | os.PathLike[str], overrides: Sequence[str], backend: str | None) -> Spec:
-    if not isinstance(spec, Spec):
-        from slurmfork.spec import reader
-
-        return reader.load(Path(spec), overrides=list(overrides), backend=backend)
-    if overrides or backend:
-        raise UsageError("overrides and backend go with the path of a spec; change a Spec itself instead")
-    return spec
-
-
-def _new_rundir(root: Path, name: str) -> RunDir:
-    directory = RunDir(root / rundir.new_run_id(name))
-    directory.make()
-    return directory
-
-
-def _fill(
-    directory: RunDir,
-    spec: Spec,
-    script: str,
-    record: RunRecord,
-    secrets: dict[str, str],
-    source: Path | None,
-) -> None:
-    directory.write(directory.spec, spec.to_json())
-    directory.write(directory.script, script.encode(), executable=True)
-    if source is not None:
-        directory.write(directory.source, source.read_bytes())
-    if secrets:
-        directory.write(directory.secrets, msgspec.json.encode(secrets))
-    directory.write_record(directory.record, record)
-
-
-def _remove(directory: RunDir) -> None:
-    import shutil
-
-    shutil.rmtree(directory.path, ignore_errors=True)
-
-
-def _secrets(spec: Spec, environment: Mapping[str, str]) -> dict[str, str]:
-    missing = [name for name in spec.secrets if name not in environment]
-    if missing:
-        raise UsageError(f"secrets not set in the environment: {', '.join(missing)}; export them, then submit again")
-    return {name: environment[name] for name in spec.secrets}
 
 
 class Run:
@@ -292,28 +190,23 @@ class Run:
         ``target`` (a role or role/index) and ``command`` default to the spec's. Raises Refused, whose ``detail``
         lists the workers that failed, with exit status and the end of their logs.
         """
-        request = ForkRequest(
-            role=role,
-            request_id=request_id or new_request_id(),
-            target=target,
-            count=count,
-            env=dict(env or {}),
-            command=list(command) if command else None,
-            timeout=timeout,
+        request = fork_request(
+            role, target=target, count=count, env=env, command=command, timeout=timeout, request_id=request_id
         )
         with self._head() as client:
-            return client.fork(_checked(request)).workers
+            return client.fork(request).workers
 
     def stop(self, target: str, *, grace: float | None = None) -> StopReply:
         """Stop a role or one worker, with everything below it; returns when they are gone."""
-        request = StopRequest(target=target, grace=grace, request_id=new_request_id())
+        request = checked(StopRequest(target=target, grace=grace, request_id=new_request_id()))
         with self._head() as client:
-            return client.stop(_checked(request))
+            return client.stop(request)
 
     def signal(self, target: str, signal: str) -> list[str]:
         """Send a signal (a name without SIG) to a role's workers or to one; returns their names."""
+        request = checked(SignalRequest(target=target, signal=signal.upper().removeprefix("SIG")))
         with self._head() as client:
-            return client.signal(_checked(SignalRequest(target=target, signal=signal.upper().removeprefix("SIG"))))
+            return client.signal(request)
 
     def cancel(self, reason: str = "") -> CancelReply:
         """End the run, and verify: ``survivors`` counts what is left on the nodes that could be asked.
@@ -414,12 +307,4 @@ def statuses(runs: Sequence[Run]) -> list[tuple[RunStatus, list[WorkerView]]]:
         return list(pool.map(Observation.look, seen, words))
 
 
-def _checked(request: R) -> R:
-    """Check a request by the same rules as the head does; raises UsageError before anything is sent."""
-    try:
-        return msgspec.json.decode(msgspec.json.encode(request), type=type(request))
-    except msgspec.ValidationError as error:
-        raise UsageError(str(error)) from None
-
-
-__all__ = ["Run", "RunStatus", "statuses", "submit"]
+__all__ = ["Run", "RunStatus", "statuses"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import os
-import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -20,12 +19,14 @@ from slurmfork.errors import Refused, Unreachable, UsageError
 from slurmfork.messages import (
     ErrorReply,
     ForkReply,
-    ForkRequest,
     PortsRequest,
     StatusView,
     StopReply,
     StopRequest,
     WorkerView,
+    checked,
+    fork_request,
+    new_request_id,
 )
 
 T = TypeVar("T")
@@ -109,28 +110,20 @@ class CurrentWorker:
 
         ``command`` and ``target`` may be left out where the spec's role has them. All are started, or none.
         """
-        request = ForkRequest(
-            role=role,
-            request_id=secrets.token_hex(12),
-            target=target or self.name,
-            count=count,
-            env=dict(env or {}),
-            command=list(command) if command else None,
-            timeout=timeout,
-        )
+        request = fork_request(role, target=target or self.name, count=count, env=env, command=command, timeout=timeout)
         patience = LONGEST_WAIT_S if timeout is None else timeout + _MARGIN_S
         return self._ask("POST", "/v1/fork", request, ForkReply, timeout=patience).workers
 
     def stop(self, target: str, *, grace: float | None = None) -> StopReply:
         """Stop a role or a worker (``role/index``) with all that it started; returns when it is gone."""
-        request = StopRequest(target=target, request_id=secrets.token_hex(12), grace=grace)
+        request = checked(StopRequest(target=target, request_id=new_request_id(), grace=grace))
         return self._ask("POST", "/v1/stop", request, StopReply, timeout=LONGEST_WAIT_S)
 
     def ports(self, count: int = 0) -> list[int]:
         """The ports that its role reserves for it; with ``count``, so many further ones, its own until it ends."""
         if count == 0:
             return [int(port) for port in self._environment.get(names.PORTS, "").split(",") if port]
-        request = PortsRequest(worker=self.name, count=count)
+        request = checked(PortsRequest(worker=self.name, count=count))
         return self._ask("POST", "/v1/ports", request, dict[str, list[int]])["ports"]
 
     def status(self) -> StatusView:

@@ -16,9 +16,9 @@ import pytest
 from running import Shell
 
 from slurmfork import credentials
-from slurmfork.client import Client, new_request_id
+from slurmfork.client import Client
 from slurmfork.errors import Refused, Unreachable
-from slurmfork.messages import ForkRequest
+from slurmfork.messages import ForkRequest, new_request_id
 from slurmfork.run import Run
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import msgspec
 
-from slurmfork import run as runs
+from slurmfork import submission
 from slurmfork.cli import attached, failure, output, progress
 from slurmfork.cli.options import (
     Seconds,
@@ -29,7 +29,7 @@ INTERRUPTED = 130
 
 
 def _submit(spec: Path, backend: str | None, overrides: Sequence[str], template: Path | None, root: str | None) -> Run:
-    run = runs.submit(spec, backend=backend, root=root, template=template, overrides=overrides)
+    run = submission.submit(spec, backend=backend, root=root, template=template, overrides=overrides)
     for text in run.notes:
         output.complain(text)
     return run

@@ -1,0 +1,115 @@
+"""Submission: from a spec to a filled run directory and a job; what is refused has left nothing behind."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from slurmfork import backends, rundir
+from slurmfork.errors import UsageError
+from slurmfork.run import Run
+from slurmfork.rundir import RunDir, RunRecord
+from slurmfork.spec import Spec
+
+
+def submit(
+    spec: Spec | str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    root: str | os.PathLike[str] | None = None,
+    template: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Run:
+    """Submit a spec (or the path of one) and return the run, which is pending then.
+
+    ``overrides`` are ``key=value`` as with ``--set``; secrets are read from ``environment`` (default: this
+    process's). Raises SpecError, PlanError, RunDirError, BackendError; then nothing was submitted.
+    """
+    from slurmfork import plan, render
+
+    source = None if isinstance(spec, Spec) else Path(spec)
+    spec = _read(spec, overrides, backend)
+    secrets = _secrets(spec, os.environ if environment is None else environment)
+    asked = plan.request(spec)
+    giver = backends.get(spec.backend)
+    directory = _new_rundir(Path(root).absolute() if root else rundir.default_root(), spec.name)
+    script = render.render(
+        spec,
+        run_id=directory.run_id,
+        run_dir=directory.path,
+        request=asked,
+        python=sys.executable,
+        package=Path(__file__).resolve().parent,
+        template=Path(template) if template else None,
+    )
+    record = RunRecord(
+        run_id=directory.run_id,
+        name=spec.name,
+        backend=spec.backend,
+        submitted=time.time(),
+        cwd=str(Path.cwd()),
+        user=getpass.getuser(),
+        nodes=asked.nodes,
+    )
+    _fill(directory, spec, script, record, secrets, source)
+    try:
+        job = giver.submit(directory, spec, asked)
+    except BaseException:
+        _remove(directory)
+        raise
+    record.job_id, record.cluster, record.submitted = job.job_id, job.cluster, job.submitted
+    directory.write_record(directory.record, record)
+    return Run(directory, record, notes=job.notes)
+
+
+def _read(spec: Spec | str | os.PathLike[str], overrides: Sequence[str], backend: str | None) -> Spec:
+    if not isinstance(spec, Spec):
+        from slurmfork.spec import reader
+
+        return reader.load(Path(spec), overrides=list(overrides), backend=backend)
+    if overrides or backend:
+        raise UsageError("overrides and backend go with the path of a spec; change a Spec itself instead")
+    return spec
+
+
+def _new_rundir(root: Path, name: str) -> RunDir:
+    directory = RunDir(root / rundir.new_run_id(name))
+    directory.make()
+    return directory
+
+
+def _fill(
+    directory: RunDir,
+    spec: Spec,
+    script: str,
+    record: RunRecord,
+    secrets: dict[str, str],
+    source: Path | None,
+) -> None:
+    directory.write(directory.spec, spec.to_json())
+    directory.write(directory.script, script.encode(), executable=True)
+    if source is not None:
+        directory.write(directory.source, source.read_bytes())
+    if secrets:
+        directory.write(directory.secrets, msgspec.json.encode(secrets))
+    directory.write_record(directory.record, record)
+
+
+def _remove(directory: RunDir) -> None:
+    import shutil
+
+    shutil.rmtree(directory.path, ignore_errors=True)
+
+
+def _secrets(spec: Spec, environment: Mapping[str, str]) -> dict[str, str]:
+    missing = [name for name in spec.secrets if name not in environment]
+    if missing:
+        raise UsageError(f"secrets not set in the environment: {', '.join(missing)}; export them, then submit again")
+    return {name: environment[name] for name in spec.secrets}
