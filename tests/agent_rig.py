@@ -178,7 +178,10 @@ class Rig:
         """Order workers."""
         self._requests += 1
         body = StartOrder(request_id=request or f"start-{self._requests}", orders=list(orders))
-        return await self.ask("start", body, list[WorkerView], node)
+        views = await self.ask("start", body, list[WorkerView], node)
+        for view in views:
+            self.agents[node].views.setdefault(view.worker, view)
+        return views
 
     async def stop(
         self, *workers: str, node: str = "n0", grace: float | None = None, forget: bool = False

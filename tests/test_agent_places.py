@@ -96,11 +96,11 @@ def test_an_open_directory_of_our_own_is_closed(tmp_path: Path) -> None:
 async def test_a_worker_name_is_free_at_once_and_what_it_left_goes() -> None:
     scratch = Scratch(new_run_id("scratch"), "n1")
     try:
-        first = scratch.worker("a/0")
+        first = private_directory(scratch.worker("a/0"))
         (first / "file").write_text("x")
         left = scratch.set_aside("a/0")
         assert left is not None
-        assert list(scratch.worker("a/0").iterdir()) == []
+        assert list(private_directory(scratch.worker("a/0")).iterdir()) == []
         remove(left)
         assert not left.exists()
         assert scratch.set_aside("a/0") is None

@@ -1,7 +1,7 @@
 """The agent: joins the head, does what it is told, and sees to it that nothing is left when it goes.
 
 ``main`` is called by the guardian, in the process that it forked. Everything happens in the event
-loop of one thread; the journal's disk and slow imports have threads of their own, which start no process.
+loop of one thread, but for what may hang with a disk (``agent.starter``), and slow imports.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from slurmfork import credentials, prctl
 from slurmfork.agent import alarms
 from slurmfork.agent import node as nodes
 from slurmfork.agent.environment import inherited
-from slurmfork.agent.ledger import Ledger
 from slurmfork.agent.node import Node
 from slurmfork.agent.outfit import Site
 from slurmfork.agent.ports import Ports
 from slurmfork.agent.scratch import Scratch, remove
 from slurmfork.agent.server import Server
+from slurmfork.agent.starter import Starter
 from slurmfork.agent.supervisor import Supervisor
 from slurmfork.agent.tree import Trees
 from slurmfork.agent.uplink import Uplink
@@ -72,7 +72,7 @@ class Agent:
             node=node,
             base=inherited(node.environment),
             trees=Trees(node.run_id, self._loop.time),
-            ledger=Ledger(node.rundir.journal(node.name)),
+            starter=Starter(node.rundir.journal(node.name)),
             ports=Ports(self._scratch.ports),
             scratch=self._scratch,
             tell=lambda view: self._uplink.tell("worker", view),
@@ -111,7 +111,7 @@ class Agent:
         alarms.listen(self._told, pass_on=self._supervisor.pass_on, reap=self._supervisor.reap)
         alarms.watch_guardian(self._guardian_pid, self._told)
         note = f"agent {__version__} of node {self._node.name} begins, pid {os.getpid()}"
-        self._site.ledger.later(Note(text=note))
+        self._site.starter.note(Note(text=note))
         self._server.open()
         self._begin(self._stay_joined())
         status = await self._over
@@ -136,7 +136,7 @@ class Agent:
     async def _leave(self) -> None:
         await self._server.close()
         await self._uplink.close(2.0)
-        await self._site.ledger.close(2.0)
+        await self._site.starter.close(2.0)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._loop.run_in_executor(None, remove, self._scratch.path), 5.0)
 

@@ -1,4 +1,4 @@
-"""A worker's outfit: arguments, environment, devices, ports, notify socket: all that its node has to give it.
+"""A worker's outfit: environment, devices, ports, scratch, notify socket: all that its node has to give it.
 
 Laid out before a start, so that what the node cannot give is known before anything runs; kept over restarts.
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from slurmfork.agent import environment
-from slurmfork.agent.command import arguments
 from slurmfork.agent.lastwords import signal_number
-from slurmfork.agent.ledger import Ledger
 from slurmfork.agent.node import Node
 from slurmfork.agent.ports import Ports
 from slurmfork.agent.readiness import Notify
 from slurmfork.agent.scratch import Scratch
 from slurmfork.agent.spawn import StartFailed
+from slurmfork.agent.starter import Starter
 from slurmfork.agent.tree import Trees
 from slurmfork.errors import Refused, RunDirError
 from slurmfork.messages import Device, Order, WorkerView
@@ -33,7 +33,7 @@ class Site:
     node: Node
     base: Mapping[str, str]
     trees: Trees
-    ledger: Ledger
+    starter: Starter
     ports: Ports
     scratch: Scratch
     tell: Callable[[WorkerView], None]
@@ -44,10 +44,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Outfit:
-    """What one worker is started with, each time."""
+    """What one worker is started with, each time. ``values`` are those of its command's placeholders."""
 
-    argv: list[str]
     environment: dict[str, str]
+    values: dict[str, str]
+    scratch: Path
     gpus: list[Device]
     ports: list[int]
     notify: Notify | None
@@ -63,21 +64,20 @@ def outfit(order: Order, site: Site, said: Callable[[str], None]) -> Outfit:
         gpus = environment.slice_of(site.node.devices, order.devices)
         ports = site.ports.reserve(order.worker, order.ports) if order.ports else []
         notify = site.scratch.notify(order.worker) if order.ready and order.ready.notify else None
+        scratch = site.scratch.worker(order.worker)
         variables = environment.of_worker(
             site.node,
             order,
             base=site.base,
             ports=ports,
             socket=site.scratch.socket,
-            scratch=site.scratch.worker(order.worker),
+            scratch=scratch,
             notify=notify,
         )
-        argv = arguments(order.command, _values(order, site.node, ports), variables)
-        return Outfit(argv, variables, gpus, ports, Notify(notify, said) if notify else None)
+        values = _values(order, site.node, ports)
+        return Outfit(variables, values, scratch, gpus, ports, Notify(notify, said) if notify else None)
     except (ValueError, Refused, RunDirError) as error:
         raise StartFailed(str(error)) from None
-    except OSError as error:
-        raise StartFailed(f"{error.filename}: {error.strerror}") from None
 
 
 def _values(order: Order, node: Node, ports: list[int]) -> dict[str, str]:

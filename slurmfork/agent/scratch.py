@@ -68,8 +68,8 @@ class Scratch:
         return self.path / "agent.sock"
 
     def worker(self, name: str) -> Path:
-        """The scratch directory of a worker, made if need be."""
-        return private_directory(self._workers / _short(name))
+        """Where a worker's scratch directory is, or will be."""
+        return self._workers / _short(name)
 
     def notify(self, name: str) -> Path:
         """Where a worker's notify socket goes."""

@@ -37,13 +37,14 @@ class Standing:
         self._loop = asyncio.get_running_loop()
         self._status_due: asyncio.TimerHandle | None = None
 
-    def become(self, state: WorkerState, reason: str = "") -> None:
-        """It is in ``state`` now."""
+    def become(self, state: WorkerState, reason: str = "", *, told: bool = False) -> None:
+        """It is in ``state`` now. ``told``: somebody else tells the head."""
         if (state, reason) != (self.view.state, self.view.reason):
             process = f", pid {self.view.pid}" if self.view.pid else ""
             log.info("%s is %s%s%s", self.view.worker, state, process, f": {reason}" if reason else "")
         self.view.state, self.view.reason = state, reason
-        self.tell()
+        if not told:
+            self.tell()
 
     def tell(self) -> None:
         """Send it as it is; what it said of itself goes along."""
@@ -59,12 +60,12 @@ class Standing:
             if self._status_due is None:
                 self._status_due = self._loop.call_later(STATUS_INTERVAL_S, self.tell)
 
-    def begun(self, leader: Identity, *, checked: bool) -> None:
-        """It has a process; ``checked``: whether it has yet to become ready."""
+    def begun(self, leader: Identity, *, checked: bool, told: bool) -> None:
+        """It has a process; ``checked``: whether it has yet to become ready. ``told`` as for ``become``."""
         self.view.pid, self.view.started = leader.pid, time.time()
         self.view.ready = self.view.ended = self.view.exit_status = None
         self.view.log_tail = ""
-        self.become(WorkerState.STARTING if checked else WorkerState.RUNNING)
+        self.become(WorkerState.STARTING if checked else WorkerState.RUNNING, told=told)
 
     def ready(self) -> None:
         """It passed its readiness check."""

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from slurmfork import journal, process
@@ -18,7 +19,7 @@ from slurmfork.agent.lastwords import signal_number
 from slurmfork.agent.outfit import Site
 from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.stopping import KILL_BOUND_S, Stopping
-from slurmfork.agent.worker import Worker
+from slurmfork.agent.worker import LAUNCH_TIMEOUT_S, Worker
 from slurmfork.errors import Refused
 from slurmfork.messages import (
     EndReport,
@@ -49,6 +50,7 @@ class Supervisor:
         self._answers: dict[str, asyncio.Task[list[WorkerView]]] = {}
         self._seen: dict[str, frozenset[Identity]] = {}
         self._last_pid = b""
+        self._late: set[asyncio.Task[None]] = set()
         self._end: asyncio.Task[EndReport] | None = None
         self._budget_ends = float("inf")
         self._loop = asyncio.get_running_loop()
@@ -65,6 +67,8 @@ class Supervisor:
     def freeze(self) -> None:
         """The node is about to end: nothing is started, or started again, any more."""
         self._site.closing = True
+        for worker in self._workers.values():
+            worker.call_off()
 
     # --- start
 
@@ -92,18 +96,48 @@ class Supervisor:
     async def _start(self, workers: list[Worker]) -> list[WorkerView]:
         failed: dict[str, StartFailed] = {}
         for worker in workers:
-            self._try(worker.prepare, worker.name, failed)
+            try:
+                worker.prepare()
+            except StartFailed as failure:
+                failed[worker.name] = failure
         if not failed:
-            await self._note([worker.intent() for worker in workers], workers, failed, sync=False)
-        for worker in workers if not failed else ():
-            self._try(worker.launch, worker.name, failed)
-            if failed:
-                break
-        if not failed:
-            await self._note([worker.started() for worker in workers if worker.running], workers, failed)
+            failed = await self._launch(workers)
         if failed:
             await self._roll_back(workers, failed)
         return [worker.view for worker in workers]
+
+    async def _launch(self, workers: list[Worker]) -> dict[str, StartFailed]:
+        """Have the starter start them; why each of those failed that did."""
+        launches = [worker.launch() for worker in workers]
+
+        def over() -> None:
+            for worker in workers:
+                worker.launched(told=True)  # by the answer to this order
+
+        done = self._site.starter.start(launches, over)
+        await asyncio.wait([done], timeout=LAUNCH_TIMEOUT_S)
+        if not done.done():
+            undoing = asyncio.ensure_future(self._undo_late(workers, done))
+            self._late.add(undoing)
+            undoing.add_done_callback(self._late.discard)
+            why = StartFailed(f"not started within {LAUNCH_TIMEOUT_S:g} s: a file system hangs")
+            return dict.fromkeys((worker.name for worker in workers), why)
+        self.reap()
+        return {worker.name: worker.start_failure for worker in workers if worker.start_failure}
+
+    async def _undo_late(self, workers: list[Worker], done: asyncio.Future[None]) -> None:
+        """A start that was given up is over after all: nothing of it stays."""
+        for worker in workers:
+            worker.call_off()
+        await done
+        self.reap()
+        await self._stop_and_forget(workers)
+
+    async def _stop_and_forget(self, workers: list[Worker]) -> None:
+        await asyncio.gather(*(worker.stop() for worker in workers if worker.live))
+        for worker in workers:
+            self._workers.pop(worker.name, None)
+            worker.discard()
 
     def _refuse(self, orders: list[Order]) -> None:
         if self._site.closing:
@@ -114,34 +148,12 @@ class Supervisor:
             if wanted.count(name) > 1 or (known is not None and known.held):
                 raise Refused(f"worker {name} runs already on node {self._site.node.name}", "in_use")
 
-    @staticmethod
-    def _try(step: Callable[[], None], name: str, failed: dict[str, StartFailed]) -> None:
-        try:
-            step()
-        except StartFailed as error:
-            failed[name] = error
-
-    async def _note(
-        self,
-        records: Sequence[journal.Record],
-        workers: list[Worker],
-        failed: dict[str, StartFailed],
-        *,
-        sync: bool = True,
-    ) -> None:
-        try:
-            await self._site.ledger.write(*records, sync=sync)
-        except OSError as error:
-            why = StartFailed(f"the journal cannot be written: {error}")
-            failed.update({worker.name: why for worker in workers})
-
     async def _roll_back(self, workers: list[Worker], failed: dict[str, StartFailed]) -> None:
         """Stop those that did start, free all the names, and say why."""
-        await asyncio.gather(*(worker.stop() for worker in workers if worker.live))
+        await self._stop_and_forget([worker for worker in workers if not worker.in_hand])
         culprits = ", ".join(failed)
         views: list[WorkerView] = []
         for worker in workers:
-            self._workers.pop(worker.name, None)
             if worker.name in failed:
                 why = failed[worker.name]
                 views.insert(0, worker.never_started(WorkerState.FAILED, str(why), why.status))
@@ -192,17 +204,24 @@ class Supervisor:
 
     def reap(self) -> None:
         """Take note of every child that has ended: a worker's own process, or an orphan that fell to us."""
-        while True:
-            try:
-                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
-            except ChildProcessError:
-                return
-            if ended is None:
-                return
+        for ended in self._ended():
             code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
             name = self._site.trees.reaped(ended.si_pid)
             if name is not None and (worker := self._workers.get(name)) is not None:
                 worker.exited(code)
+
+    def _ended(self) -> Iterator[os.waitid_result]:
+        """Reap children. While the starter is at work, only those of which it is known whose they are."""
+        pids = self._site.trees.leaders if self._site.starter.busy else None
+        for kind, pid in [(os.P_PID, pid) for pid in pids] if pids is not None else itertools.repeat((os.P_ALL, 0)):
+            try:
+                ended = os.waitid(kind, pid, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                ended = None
+            if ended is not None:
+                yield ended
+            elif pids is None:
+                return
 
     def heartbeat(self) -> None:
         """Note in the journal what is new below the workers."""
@@ -219,7 +238,7 @@ class Supervisor:
             if below
         ]
         if records:
-            self._site.ledger.later(*records)
+            self._site.starter.note(*records)
 
     # --- the end
 

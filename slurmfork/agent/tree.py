@@ -78,6 +78,11 @@ class Trees:
         self._sessions[leader.pid] = worker
         self._logs[log] = worker
 
+    @property
+    def leaders(self) -> list[int]:
+        """PIDs of the workers' own processes that have not been reaped."""
+        return list(self._leaders)
+
     def reaped(self, pid: int) -> str | None:
         """A leader's PID is free again; whose it was. Its session's number is not, while anybody is in it."""
         return self._leaders.pop(pid, None)

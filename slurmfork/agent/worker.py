@@ -1,6 +1,7 @@
 """One worker: its process, its readiness, its restarts and its end; always in exactly one state.
 
-Told from outside what to do (``prepare``, ``launch``, ``stop``) and what happened (``exited``); tells each change.
+Told from outside what to do (``prepare``, ``launch``, ``stop``) and what happened (``launched``, ``exited``); tells
+each change. Between ``launch`` and ``launched`` the starter's thread has it in hand.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from slurmfork.agent import readiness
 from slurmfork.agent.lastwords import caught, in_words, signal_number, tail
 from slurmfork.agent.outfit import Outfit, Site, outfit
 from slurmfork.agent.scratch import remove
-from slurmfork.agent.spawn import StartFailed, open_log, spawn
+from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.standing import Standing
+from slurmfork.agent.starter import Launch
 from slurmfork.agent.stopping import KILL_BOUND_S, Outcome, Stopping
 from slurmfork.messages import Order, StopResult, WorkerView
 from slurmfork.names import LIVE_STATES, WorkerState
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_BACKOFF_S = 60.0
 REAP_TIMEOUT_S = 1.0
+LAUNCH_TIMEOUT_S = 60.0  # of a start, its disk and its exec included
 
 
 class Worker:
@@ -42,10 +45,11 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._wanted = True
         self._stopped = False
+        self._grace: float | None = None
         self._starts = 0
-        self._start_id = ""
         self._outfit: Outfit | None = None
-        self._log_begin = 0
+        self._launch: Launch | None = None
+        self._in_hand: asyncio.Future[None] | None = None
         self._leader: Identity | None = None
         self._reaped = asyncio.Event()
         self._unwanted = asyncio.Event()
@@ -61,7 +65,7 @@ class Worker:
     @property
     def live(self) -> bool:
         """Whether it has a process, or will have, or something of it is still being stopped."""
-        return self.view.state in LIVE_STATES or self._winding_up is not None
+        return self.view.state in LIVE_STATES or self._winding_up is not None or self._in_hand is not None
 
     @property
     def held(self) -> bool:
@@ -69,67 +73,60 @@ class Worker:
         return self.live or self.view.state is WorkerState.PENDING
 
     @property
-    def running(self) -> bool:
-        """Whether it has a process of its own at this moment."""
-        return self._leader is not None
+    def in_hand(self) -> bool:
+        """Whether the starter has it in hand: there may be a process of it that is not known yet."""
+        return self._in_hand is not None
 
     # --- start
 
     def prepare(self) -> None:
-        """Lay out all that a start needs; raises StartFailed. ``discard`` undoes it."""
+        """Lay out all that a start needs of this node; raises StartFailed. ``discard`` undoes it."""
         self._outfit = outfit(self.order, self._site, self._standing.said)
         self.view.gpus, self.view.ports = list(self._outfit.gpus), list(self._outfit.ports)
-        # Made here, so that no new file is needed while the journal is being synced: it would wait for that.
-        os.close(open_log(self.log_path))
-        self._next_start()
 
-    def _next_start(self) -> None:
+    def launch(self) -> Launch:
+        """What the starter is to start next; what came of it is then told by ``launched``."""
+        assert self._outfit is not None
         self._starts += 1
-        self._start_id = f"{os.getpid()}.{self.name}.{self._starts}"
-
-    def intent(self) -> journal.Intent:
-        """What the journal says before a start."""
-        assert self._outfit is not None
-        return journal.Intent(start_id=self._start_id, worker=self.name, argv=self._outfit.argv)
-
-    def started(self) -> journal.Started:
-        """What the journal says after it."""
-        assert self._leader is not None
-        assert self._outfit is not None
-        pid, start_time, boot_id = self._leader
-        return journal.Started(
-            start_id=self._start_id,
-            worker=self.name,
-            pid=pid,
-            start_time=start_time,
-            boot_id=boot_id,
-            uid=os.geteuid(),
-            argv=self._outfit.argv,
-        )
-
-    def launch(self) -> None:
-        """Start the process; raises StartFailed."""
-        if not self._wanted or self._site.closing:
-            raise StartFailed("stopped before it was started")
-        assert self._outfit is not None
+        self._in_hand = self._loop.create_future()
         self._reaped.clear()
-        descriptor = open_log(self.log_path)
-        try:
-            self._log_begin = os.fstat(descriptor).st_size
-            if self._outfit.notify:
-                self._outfit.notify.forget()
-            argv, variables = self._outfit.argv, self._outfit.environment
-            self._leader = spawn(argv, cwd=self.order.cwd, environment=variables, log=descriptor)
-        finally:
-            os.close(descriptor)
-        self._begun(self._leader)
+        if self._outfit.notify:
+            self._outfit.notify.forget()
+        self._launch = Launch(
+            start_id=f"{os.getpid()}.{self.name}.{self._starts}",
+            worker=self.name,
+            command=self.order.command,
+            values=self._outfit.values,
+            environment=self._outfit.environment,
+            cwd=self.order.cwd,
+            log=self.log_path,
+            scratch=self._outfit.scratch,
+            called_off=not self._wanted or self._site.closing,
+        )
+        return self._launch
 
-    def _begun(self, leader: Identity) -> None:
-        """It has a process: settle what it is now."""
-        self._site.trees.enter(self.name, leader, str(self.log_path))
-        self._standing.begun(leader, checked=self.order.ready is not None)
-        if self.order.ready is not None:
-            self._checking = asyncio.ensure_future(self._await_ready())
+    @property
+    def start_failure(self) -> StartFailed | None:
+        """Why its last start failed, if it did."""
+        return self._launch.failure if self._launch else None
+
+    def launched(self, *, told: bool = False) -> None:
+        """The starter is done with it: settle what it is now. ``told``: whoever asked for it tells the head."""
+        assert self._launch is not None
+        if self._in_hand is not None:
+            self._in_hand.set_result(None)
+            self._in_hand = None
+        if (leader := self._launch.leader) is not None:
+            self._leader = leader
+            self._site.trees.enter(self.name, leader, str(self.log_path))
+            self._standing.begun(leader, checked=self.order.ready is not None, told=told)
+            if self.order.ready is not None:
+                self._checking = asyncio.ensure_future(self._await_ready())
+
+    def call_off(self) -> None:
+        """It is not to be started any more, should it not be yet."""
+        if self._launch is not None:
+            self._launch.called_off = True
 
     async def _await_ready(self) -> None:
         assert self.order.ready is not None
@@ -158,9 +155,10 @@ class Worker:
         """Its process has ended and was reaped; ``code`` as ``os.waitstatus_to_exitcode`` has it."""
         assert self._leader is not None
         self._standing.ended(code if code >= 0 else 128 - code)
-        self._site.ledger.later(
+        assert self._launch is not None
+        self._site.starter.note(
             journal.Ended(
-                start_id=self._start_id,
+                start_id=self._launch.start_id,
                 worker=self.name,
                 pid=self._leader.pid,
                 exit_status=self.view.exit_status,
@@ -182,7 +180,7 @@ class Worker:
         self._stop_checking()
         pause = self._pause_before_restart(well=well)
         if not well:
-            self.view.log_tail = tail(self.log_path, self._log_begin)
+            self.view.log_tail = tail(self.log_path, self._launch.log_begin if self._launch else 0)
         self._begin_winding_up(pause)
         if pause is not None:
             count = f"restart {self.view.restarts + 1} of {self.order.restart.max} in {pause:g} s"
@@ -238,20 +236,19 @@ class Worker:
             await asyncio.wait_for(self._unwanted.wait(), max(0.0, when - self._loop.time()))
         if not self._wanted or self._site.closing:
             return False
-        self._next_start()
-        try:
-            await self._site.ledger.write(self.intent(), sync=False)
-            self.view.restarts += 1
-            self.launch()
-        except OSError as error:
-            self._standing.become(WorkerState.FAILED, f"not restarted, the journal cannot be written: {error}")
+        self.view.restarts += 1
+        await self._site.starter.start([self.launch()], self.launched)
+        failure = self.start_failure
+        if self._leader is None:
+            if failure and self._wanted and not self._site.closing:
+                self._standing.become(WorkerState.FAILED, f"not restarted: {failure}")
             return False
-        except StartFailed as error:
-            if self._wanted and not self._site.closing:
-                self._standing.become(WorkerState.FAILED, str(error))
-            return False
+        if failure:
+            log.error("%s runs again, but %s", self.name, failure)
         self._winding_up = None
-        self._site.ledger.later(self.started())
+        if not self._wanted:  # it was stopped while it was being started
+            self._begin_stop()
+        self._site.reap()
         return True
 
     def _let_go(self) -> None:
@@ -282,22 +279,32 @@ class Worker:
         begun = self._loop.time()
         self._wanted = False
         self._unwanted.set()
+        self.call_off()
+        if grace is not None:
+            self._grace = grace if self._grace is None else min(grace, self._grace)
+        if self._in_hand is not None:
+            patience = (self.order.stop.grace if grace is None else grace) + bound
+            await asyncio.wait([self._in_hand], timeout=patience)
         if self._winding_up is None and self.view.state in LIVE_STATES:
-            self._stop_checking()
-            self._stopped = True
-            self._begin_winding_up(None, grace)
+            self._begin_stop()
         await asyncio.sleep(0)  # let a task that was just made begin
         if self._stopping is not None and grace is not None:
             self._stopping.hasten(grace, bound)
         if self._winding_up is not None:
             await asyncio.shield(self._winding_up)
+        hangs = ["its start hangs, in the file system of its program, log or journal"] if self._in_hand else []
         return StopResult(
             worker=self.name,
             exit_status=self.view.exit_status,
             seconds=round(self._loop.time() - begun, 4),
             killed=self._outcome.killed,
-            survivors=self._outcome.survivors,
+            survivors=[*self._outcome.survivors, *hangs],
         )
+
+    def _begin_stop(self) -> None:
+        self._stop_checking()
+        self._stopped = True
+        self._begin_winding_up(None, self._grace)
 
     def signal(self, signum: int) -> bool:
         """Signal the worker's own process; False if it has none."""
@@ -309,7 +316,6 @@ class Worker:
 
     def never_started(self, state: WorkerState, reason: str, status: int | None = None) -> WorkerView:
         """Its start was taken back; returns how that is to be told."""
-        self.discard()
         self.view.state, self.view.reason, self.view.ended = state, reason, time.time()
         self.view.exit_status = status
         return self.view
