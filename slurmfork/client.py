@@ -179,10 +179,28 @@ class Client:
                 raw.close()
                 raise
             tls.settimeout(timeout)
-            connection = http.client.HTTPConnection(name, self._port)
+            connection = _OneWrite(name, self._port)
             connection.sock = tls
             return connection
         raise failure or OSError("the head has no address")
+
+
+class _OneWrite(http.client.HTTPConnection):
+    """Sends head and body of a request together: apart they wake the other side twice."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(host, port)
+        self._unsent = b""
+
+    def send(self, data: Any) -> None:
+        """Keep it until the answer is asked for."""
+        self._unsent += data
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        """Send what was kept, and read the beginning of the answer."""
+        unsent, self._unsent = self._unsent, b""
+        self.sock.sendall(unsent)
+        return super().getresponse()
 
 
 def _refusal(status: int, body: bytes) -> Refused:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from slurmfork.errors import RunDirError
 from slurmfork.rundir import replace_file
@@ -23,6 +24,7 @@ HEAD = "head"
 AGENT = "agent"
 CLIENT = "client"
 _VALID_DAYS = 400
+_holders: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
 def server_name(run_id: str) -> str:
@@ -113,9 +115,13 @@ def client_context(directory: Path) -> ssl.SSLContext:
 
 def holder(tls: Any) -> str | None:
     """Who the peer of an SSL object is by its certificate: ``agent``, ``client``, ``head``; None without one."""
-    certificate: Any = tls.getpeercert() if tls else None
-    names = [value for part in (certificate or {}).get("subject", ()) for key, value in part if key == "commonName"]
-    return str(names[0]) if names else None
+    if tls is None:
+        return None
+    if tls not in _holders:  # a certificate takes a while to read, and a connection keeps the one that it has
+        subject = (tls.getpeercert() or {}).get("subject", ())
+        found = [value for part in subject for key, value in part if key == "commonName"]
+        _holders[tls] = str(found[0]) if found else None
+    return _holders[tls]
 
 
 def _context(directory: Path, who: str, *, server: bool) -> ssl.SSLContext:

@@ -7,11 +7,10 @@ listen on no TCP port at all. Whose certificate is accepted is the business of t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -28,36 +27,72 @@ _decoder = msgspec.json.Decoder(Frame)
 Handler = Callable[[str, msgspec.Raw], Awaitable[Any]]
 
 
-class Link:
+class Link(asyncio.Protocol):
     """One end of the connection.
 
     ``handler(op, body)`` serves what the other side asks; it returns a struct, or raises Refused. Requests are
-    served concurrently, each in a task of its own. ``run()`` reads until the connection ends.
+    served concurrently, each in a task of its own. ``made`` hears that there is a connection.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, handler: Handler, made: Callable[[], None] = lambda: None) -> None:
         self._handler = handler
+        self._made = made
+        self._transport: asyncio.Transport | None = None
+        self._ended = asyncio.get_running_loop().create_future()
+        self._parts: list[bytes] = []  # of a frame whose end has not come yet
+        self._size = 0
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Frame]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.closed = False
 
-    async def run(self) -> None:
-        """Serve the connection until it ends, however it ends; pending requests then raise Unreachable."""
+    async def ended(self) -> None:
+        """Wait until the connection has ended, however it did, and what was sent before has left."""
+        await asyncio.shield(self._ended)
+
+    def fact(self, name: str) -> Any:
+        """What the transport knows of the connection: ``ssl_object``, ``socket``."""
+        assert self._transport is not None
+        return self._transport.get_extra_info(name)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is of no class of asyncio's
+        self._made()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        if exc is not None:
+            log.warning("link lost: %s", exc)
+        self.close()
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        end, *more = data.split(b"\n")
+        self._parts.append(end)
+        self._size += len(end)
+        if self._size > MAX_FRAME:
+            log.warning("link lost: a frame of more than %d bytes", MAX_FRAME)
+            self.close()
+        if not more or self.closed:
+            return
+        *whole, rest = more
+        lines = [b"".join(self._parts), *whole]
+        self._parts, self._size = [rest], len(rest)
         try:
-            while line := await self._reader.readline():
+            for line in lines:
                 self._take(_decoder.decode(line))
-        except (OSError, ValueError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
-            log.warning("link lost: %s", error)
-        finally:
+        except (ValueError, msgspec.DecodeError) as error:
+            log.warning("link lost: what came is no frame: %s", error)
             self.close()
 
     def close(self) -> None:
-        """End the connection; harmless when repeated."""
+        """End the connection when what was sent has left; harmless when repeated. Pending requests are given up."""
         self.closed = True
-        self._writer.close()
+        if self._transport is not None:
+            self._transport.close()
         self.give_up("the connection between head and agent was lost")
 
     def give_up(self, reason: str) -> None:
@@ -89,13 +124,9 @@ class Link:
         if not self.closed:
             self._send(Frame(op=op, body=msgspec.Raw(_encoder.encode(body))))
 
-    async def drain(self) -> None:
-        """Wait until what was sent has left this process."""
-        with contextlib.suppress(OSError):
-            await self._writer.drain()
-
     def _send(self, frame: Frame) -> None:
-        self._writer.write(_encoder.encode(frame) + b"\n")
+        assert self._transport is not None
+        self._transport.write(_encoder.encode(frame) + b"\n")
 
     def _take(self, frame: Frame) -> None:
         if frame.op:

@@ -21,7 +21,7 @@ import msgspec
 
 from slurmfork import credentials, process
 from slurmfork.agent.scratch import node_directory
-from slurmfork.link import MAX_FRAME, Link
+from slurmfork.link import Link
 from slurmfork.messages import (
     ApiAnswer,
     ApiCall,
@@ -74,6 +74,7 @@ class Rig:
         self.port = 0
         self._changed = asyncio.Event()
         self._requests = 0
+        self._ends: list[asyncio.Task[None]] = []
 
     # --- the head end
 
@@ -86,7 +87,8 @@ class Rig:
     async def listen(self) -> None:
         """Listen, on the same port as before if there was one."""
         context = credentials.server_context(self.rundir.credentials)
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port, ssl=context, limit=MAX_FRAME)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._accept, "127.0.0.1", self.port, ssl=context)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def hang_up(self, *, deaf: bool = False) -> None:
@@ -96,7 +98,7 @@ class Rig:
         for end in self.agents.values():
             end.link.close()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self) -> Link:
         name = ""
 
         async def handle(op: str, body: msgspec.Raw) -> Any:
@@ -108,8 +110,12 @@ class Rig:
                 return self.welcome
             return self._told(name, op, body)
 
-        link = Link(reader, writer, handle)
-        await link.run()
+        link = Link(handle)
+        self._ends.append(asyncio.ensure_future(self._see_out(link)))
+        return link
+
+    async def _see_out(self, link: Link) -> None:
+        await link.ended()
         self._wake()
 
     def _joined(self, join: Join, link: Link) -> None:

@@ -199,9 +199,11 @@ async def test_sigterm_puts_a_limit_to_an_end_that_had_none(rig: Rig) -> None:
 async def test_a_worker_that_slurm_signals_too_is_not_restarted(rig: Rig) -> None:
     await rig.agent()
     await rig.start(order("a/0", SLEEP, restart=Restart(policy="always", max=100, backoff=0.0)))
+    worker = process.identify(rig.agents["n0"].views["a/0"].pid or 0)
+    assert worker is not None
     rig.guardians["n0"].terminate()
     await rig.until(lambda: bool(rig.agents["n0"].going), "the agent to say that it is going")
-    process.send(process.identify(rig.agents["n0"].views["a/0"].pid or 0), signal.SIGTERM)  # type: ignore[arg-type]
+    process.send(worker, signal.SIGTERM)
     assert await rig.gone() == 143
     assert rig.agents["n0"].views["a/0"].restarts == 0
 

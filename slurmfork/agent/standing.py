@@ -40,8 +40,9 @@ class Standing:
     def become(self, state: WorkerState, reason: str = "", *, told: bool = False) -> None:
         """It is in ``state`` now. ``told``: somebody else tells the head."""
         if (state, reason) != (self.view.state, self.view.reason):
-            process = f", pid {self.view.pid}" if self.view.pid else ""
-            log.info("%s is %s%s%s", self.view.worker, state, process, f": {reason}" if reason else "")
+            # What goes as it should is in the journal and in the head's events.
+            level = logging.DEBUG if state in (*UP_STATES, WorkerState.STARTING) else logging.INFO
+            log.log(level, "%s is %s%s", self.view.worker, state, f": {reason}" if reason else "")
         self.view.state, self.view.reason = state, reason
         if not told:
             self.tell()

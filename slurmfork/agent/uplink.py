@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from slurmfork.errors import Unreachable
-from slurmfork.link import MAX_FRAME, Handler, Link
+from slurmfork.link import Handler, Link
 from slurmfork.messages import Join, Welcome
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,6 @@ class Uplink:
         self._join = join
         self._handler = handler
         self._link: Link | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reading: asyncio.Task[None] | None = None
 
     @property
     def up(self) -> bool:
@@ -71,28 +69,27 @@ class Uplink:
             pause = min(pause * 2, _LONGEST_PAUSE_S)
 
     async def _connect(self, host: str, port: int) -> Welcome:
-        reader, writer = await asyncio.wait_for(
-            asyncio.open_connection(host, port, ssl=self._context, server_hostname=self._server_name, limit=MAX_FRAME),
+        link = Link(self._handler)
+        loop = asyncio.get_running_loop()
+        await asyncio.wait_for(
+            loop.create_connection(lambda: link, host, port, ssl=self._context, server_hostname=self._server_name),
             CONNECT_TIMEOUT_S,
         )
-        raw: socket.socket = writer.get_extra_info("socket")
+        raw: socket.socket = link.fact("socket")
         _notice_silence(raw)
-        link = Link(reader, writer, self._handler)
-        reading = asyncio.ensure_future(link.run())
         try:
             welcome = await link.ask("join", self._join(raw.getsockname()[0]), Welcome, JOIN_TIMEOUT_S)
         except BaseException:
             link.close()
-            await asyncio.wait([reading], timeout=1)
             raise
-        self._link, self._writer, self._reading = link, writer, reading
+        self._link = link
         log.info("joined the head at %s port %d", host, port)
         return welcome
 
     async def lost(self) -> None:
         """Wait until the connection is gone."""
-        if self._reading is not None:
-            await asyncio.wait([self._reading])
+        if self._link is not None:
+            await self._link.ended()
 
     def tell(self, op: str, body: Any) -> None:
         """Send a notice; lost where there is no connection."""
@@ -107,11 +104,11 @@ class Uplink:
 
     async def close(self, timeout: float) -> None:
         """Let out what was said last, and end the connection."""
-        if self._link is None or self._writer is None:
+        if self._link is None:
             return
         self._link.close()
-        with contextlib.suppress(OSError, asyncio.TimeoutError, ssl.SSLError):
-            await asyncio.wait_for(self._writer.wait_closed(), timeout)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._link.ended(), timeout)
 
 
 def _notice_silence(raw: socket.socket) -> None:

@@ -19,7 +19,7 @@ import msgspec
 from slurmfork import credentials
 from slurmfork.errors import Refused, SlurmforkError, Unreachable
 from slurmfork.head.table import natural
-from slurmfork.link import MAX_FRAME, Link
+from slurmfork.link import Link
 from slurmfork.messages import Join, NodeView, ReserveOrder, Welcome
 
 log = logging.getLogger(__name__)
@@ -92,20 +92,9 @@ class Members:
             raise Unreachable(f"no agent on node {node}")
         return self._members[node]
 
-    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection on the link port, to its end."""
-        who = credentials.holder(writer.get_extra_info("ssl_object"))
-        if who != credentials.AGENT:
-            log.warning("link refused: the peer's certificate is of %r, not of an agent", who)
-            writer.close()
-            return
-        door = _Door(self, reader, writer)
-        try:
-            await door.link.run()
-        finally:
-            door.close()
-        if door.node is not None:
-            asyncio.get_running_loop().call_later(LEASE, self._left, door.node, door.link)
+    def open_door(self) -> Link:
+        """The link for a connection that was just accepted."""
+        return _Door(self).link
 
     def joined(self, join: Join, link: Link) -> Welcome:
         """Take an agent in (again, after a lost link); raises Refused for a stranger or a second one."""
@@ -150,7 +139,11 @@ class Members:
                     link.give_up(f"the agent on node {node} does not answer")
             await asyncio.sleep(0 if silent else PING_INTERVAL)
 
-    def _left(self, node: str, link: Link) -> None:
+    def left(self, node: str, link: Link) -> None:
+        """A link of this node has ended: within the lease there may be another."""
+        asyncio.get_running_loop().call_later(LEASE, self._is_lost, node, link)
+
+    def _is_lost(self, node: str, link: Link) -> None:
         if self._members[node].link is link:
             self._on_lost(node)
 
@@ -202,11 +195,24 @@ class Members:
 class _Door:
     """A connection whose first word must be ``join``."""
 
-    def __init__(self, members: Members, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, members: Members) -> None:
         self.node: str | None = None
-        self.link = Link(reader, writer, self._handle)
+        self.link = Link(self._handle, self._made)
         self._members = members
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def _made(self) -> None:
+        who = credentials.holder(self.link.fact("ssl_object"))
+        if who == credentials.AGENT:
+            self._begin(self._see_out())
+        else:
+            log.warning("link refused: the peer's certificate is of %r, not of an agent", who)
+            self.link.close()
+
+    async def _see_out(self) -> None:
+        await self.link.ended()
+        if self.node is not None:
+            self._members.left(self.node, self.link)
 
     async def _handle(self, op: str, body: msgspec.Raw) -> Any:
         if op == "join" and self.node is None:
@@ -224,11 +230,6 @@ class _Door:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-
-    def close(self) -> None:
-        """The connection is over, and what is done about it."""
-        for task in self._tasks:
-            task.cancel()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -252,6 +253,5 @@ def _node_view(join: Join, address: str) -> NodeView:
 
 async def listen(members: Members, sock: Any, context: ssl.SSLContext) -> asyncio.Server:
     """Begin to accept agents on a bound socket."""
-    return await asyncio.start_server(
-        members.connected, sock=sock, ssl=context, limit=MAX_FRAME, ssl_handshake_timeout=60, backlog=1024
-    )
+    loop = asyncio.get_running_loop()
+    return await loop.create_server(members.open_door, sock=sock, ssl=context, ssl_handshake_timeout=60, backlog=1024)

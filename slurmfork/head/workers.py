@@ -217,7 +217,9 @@ class Workers:
             return stopping or bool(self._fallen(workers)) or not self._awaited(workers)
 
         try:
-            await asyncio.wait_for(self._table.until(settled), None if timeout is None else max(0.0, timeout - taken))
+            if not settled():
+                rest = None if timeout is None else max(0.0, timeout - taken)
+                await asyncio.wait_for(self._table.until(settled), rest)
         except asyncio.TimeoutError:
             late = self._awaited(workers)
             raise Refused(f"not ready within {timeout:g} s: {some(late)}", "timeout", self.views(late)) from None
