@@ -52,3 +52,97 @@ def test_a_fork_on_an_agent_that_hangs_is_refused_in_its_time_and_leaves_nothing
     assert len(local.json("fork", run_id, "eval")["workers"]) == 2
     children = [one for one in map(command_of, local.pids(run_id)) if one == ["sleep", "1001"]]
     assert len(children) == 2
+
+
+SLOW_START = """
+    name: slow
+    local: {gpus-per-node: 2}
+    roles:
+      rollout:
+        replicas: 2
+        gpus: 1
+        ready: {notify: true}
+        command: [python3, -c, "%s"]
+      reference:
+        strategy: {type: colocation, target: rollout}
+        command: [sleep, "1001"]
+"""
+READY_WHEN_TOLD = (
+    "import os, socket, time; "
+    "gate = os.path.join(os.environ['SLURMFORK_RUN_DIR'], 'gate'); "
+    "[time.sleep(0.02) for _ in iter(lambda: os.environ['RANK'] == '0' or os.path.exists(gate), True)]; "
+    "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'READY=1', os.environ['NOTIFY_SOCKET']); "
+    "time.sleep(1000)"
+)
+
+
+def half_started(local: Shell) -> str:
+    """A run of which rollout/0 is ready, and reference waits for rollout/1."""
+    run_id = local.submit(local.spec(SLOW_START % READY_WHEN_TOLD), "--backend", "local")
+    wait_until(lambda: states(local, run_id).get("rollout/0") == "ready", "rollout/0 to be ready")
+    assert states(local, run_id)["reference/1"] == "pending"
+    return run_id
+
+
+def states(local: Shell, run_id: str) -> dict[str, str]:
+    return {view["worker"]: view["state"] for view in local.ps(run_id)}
+
+
+def open_gate(local: Shell, run_id: str) -> None:
+    (local.root / run_id / "gate").touch()
+    assert local.call("wait", run_id, "--for", "ready").returncode == 0
+
+
+def test_a_role_that_is_about_to_start_is_not_forked(local: Shell) -> None:
+    run_id = half_started(local)
+    done = local.call("fork", run_id, "reference", "--target", "rollout/0")
+    assert done.returncode == 1
+    assert "role reference is about to start" in done.stderr
+    open_gate(local, run_id)
+    assert set(states(local, run_id).values()) == {"ready", "running"}
+
+
+def test_a_role_that_is_stopped_before_its_turn_does_not_start(local: Shell) -> None:
+    run_id = half_started(local)
+    local.json("stop", run_id, "reference")
+    open_gate(local, run_id)
+    assert {state for name, state in states(local, run_id).items() if name.startswith("reference")} == {"stopped"}
+
+
+STUBBORN = """
+    name: stubborn
+    local: {gpus-per-node: 2}
+    roles:
+      rollout: {replicas: 2, gpus: 1, on_failure: ignore, command: [sleep, "1000"]}
+      stubborn:
+        strategy: {type: colocation, target: rollout}
+        autostart: false
+        stop: {grace: 1}
+        command: "trap '' TERM; while :; do sleep 0.2; done"
+      never:
+        strategy: {type: colocation, target: rollout}
+        autostart: false
+        ports: 1
+        ready: {tcp: true, timeout: 600}
+        command: [sleep, "1002"]
+"""
+
+
+def test_a_cancel_cuts_a_long_stop_short(local: Shell) -> None:
+    run_id = local.ready(local.spec(STUBBORN), "--backend", "local")
+    local.json("fork", run_id, "stubborn")
+    stop = local.start("stop", run_id, "stubborn", "--grace", "3600")
+    wait_until(lambda: "stubborn/0: stopping" in local.logs(run_id), "the stop to have begun")
+    assert local.json("cancel", run_id)["survivors"] == 0
+    stop.communicate(timeout=60)
+
+
+def test_a_fork_whose_target_ends_is_told_so_at_once(local: Shell) -> None:
+    run_id = local.ready(local.spec(STUBBORN), "--backend", "local")
+    fork = local.start("fork", run_id, "never")
+    wait_until(lambda: states(local, run_id).get("never/1") == "starting", "the children to start")
+    target = next(view for view in local.ps(run_id) if view["worker"] == "rollout/1")
+    os.kill(target["pid"], signal.SIGKILL)
+    _, words = fork.communicate(timeout=60)
+    assert (fork.returncode, "the target ended during the fork: rollout/1" in words) == (1, True)
+    assert not any(command_of(pid) == ["sleep", "1002"] for pid in local.pids(run_id))

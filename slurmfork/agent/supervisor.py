@@ -273,7 +273,7 @@ class Supervisor:
     async def _stop_in_time(self, worker: Worker) -> StopResult:
         rest = self._rest()
         if rest == float("inf"):
-            return await worker.stop()
+            return await worker.stop(worker.order.stop.grace)  # a stop with a longer one may be under way
         margin = min(END_MARGIN_S, rest / 3)
         grace = max(0.0, min(worker.order.stop.grace, rest - margin))
         return await worker.stop(grace, min(KILL_BOUND_S, max(0.5, margin)))

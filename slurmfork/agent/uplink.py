@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import ssl
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -24,7 +23,6 @@ CONNECT_TIMEOUT_S = 10.0
 JOIN_TIMEOUT_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _FEWEST_TRIES = 3  # a node that was frozen for longer than its lease gets a chance all the same
-_SILENCE_S = 20
 
 
 class Uplink:
@@ -75,10 +73,8 @@ class Uplink:
             loop.create_connection(lambda: link, host, port, ssl=self._context, server_hostname=self._server_name),
             CONNECT_TIMEOUT_S,
         )
-        raw: socket.socket = link.fact("socket")
-        _notice_silence(raw)
         try:
-            welcome = await link.ask("join", self._join(raw.getsockname()[0]), Welcome, JOIN_TIMEOUT_S)
+            welcome = await link.ask("join", self._join(link.fact("socket").getsockname()[0]), Welcome, JOIN_TIMEOUT_S)
         except BaseException:
             link.close()
             raise
@@ -109,13 +105,3 @@ class Uplink:
         self._link.close()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._link.ended(), timeout)
-
-
-def _notice_silence(raw: socket.socket) -> None:
-    """A head whose machine is gone sends nothing any more: let the kernel find out in seconds, not hours."""
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S // 2)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _SILENCE_S // 4)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)

@@ -286,6 +286,7 @@ class Worker:
             patience = (self.order.stop.grace if grace is None else grace) + bound
             await asyncio.wait([self._in_hand], timeout=patience)
         if self._winding_up is None and self.view.state in LIVE_STATES:
+            log.info("%s: stopping", self.name)
             self._begin_stop()
         await asyncio.sleep(0)  # let a task that was just made begin
         if self._stopping is not None and grace is not None:

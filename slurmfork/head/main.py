@@ -10,7 +10,9 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
@@ -25,7 +27,7 @@ from slurmfork.head.members import Members, listen
 from slurmfork.head.table import Table
 from slurmfork.head.workers import Workers
 from slurmfork.messages import ApiAnswer, ApiCall, CancelReply, CancelRequest, Going, NodeView, WorkerView
-from slurmfork.names import RunState
+from slurmfork.names import LIVE_STATES, RunState
 from slurmfork.plan import Node, plan, request
 from slurmfork.process import boot_id, identify
 from slurmfork.rundir import EndRecord, HeadRecord, RunDir, RunRecord
@@ -53,6 +55,7 @@ class Head:
         self._record, self._spec = record, spec
         self._main = next((name for name, role in spec.roles.items() if role.main), None)
         self._planned: list[str] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
         """The whole life of the run."""
@@ -203,7 +206,10 @@ class Head:
     def _noticed(self, node: str, op: str, body: msgspec.Raw) -> None:
         if op == "worker":
             view = msgspec.json.decode(body, type=WorkerView)
-            if view.worker in self._table.workers:
+            known = view.worker in self._table.workers
+            if view.state in LIVE_STATES and (view.worker in self._workers.unwanted or not known):
+                self._begin(self._workers.stop_unwanted(node, view.worker))
+            elif known:
                 self._table.update_worker(view)
                 self._ending.worker_changed(view, self._planned)
         elif op == "going":
@@ -211,6 +217,11 @@ class Head:
             self._ending.told(f"{reason}, heard on node {node}", _kill_wait())
         else:
             raise Refused(f"unknown notice {op!r}", "unknown")
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _worker_api(self, node: str, body: msgspec.Raw) -> ApiAnswer:
         call = msgspec.json.decode(body, type=ApiCall)

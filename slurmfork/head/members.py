@@ -105,6 +105,8 @@ class Members:
             raise Refused(f"node {join.node} has an agent already", "conflict")
         if known is None and len(self._members) >= self.expected:
             raise Refused(f"all {self.expected} nodes have joined already", "conflict")
+        if known is not None:
+            known.link.close()  # whoever still waits for an answer there waits in vain
         address = self._addresses.get(join.node) or join.address
         ports = known.ports if known else []
         self._members[join.node] = Member(join, link, address, ports)
