@@ -21,6 +21,7 @@ if not __package__:  # isolated mode leaves out every path of the user's, ours a
 import msgspec
 
 from slurmfork import journal, names
+from slurmfork.agent.scratch import remove_left
 from slurmfork.errors import RunDirError, SlurmforkError, UsageError
 from slurmfork.killing import end_all
 from slurmfork.process import Identity, alive, ancestors, describe, owner, walk, walk_tagged
@@ -71,6 +72,9 @@ def sweep(
     outcome = end_all(find, grace=grace, bound=bound)
     report.killed = outcome.ended
     report.survivors = [describe(one) for one in outcome.survivors]
+    if not report.survivors:
+        for name in [node] if node else [path.stem for path in _journals(rundir, None, [])]:
+            remove_left(run_id, name)
     return report
 
 

@@ -8,6 +8,8 @@ import signal
 from processes import wait_until
 from running import Shell, command_of
 
+from slurmfork.agent.scratch import node_directory
+
 
 def test_a_failure_that_is_ignored_holds_up_nothing(local: Shell) -> None:
     spec = local.spec(
@@ -146,3 +148,35 @@ def test_a_fork_whose_target_ends_is_told_so_at_once(local: Shell) -> None:
     _, words = fork.communicate(timeout=60)
     assert (fork.returncode, "the target ended during the fork: rollout/1" in words) == (1, True)
     assert not any(command_of(pid) == ["sleep", "1002"] for pid in local.pids(run_id))
+
+
+def test_an_agent_that_does_not_come_is_told_with_its_last_words(local: Shell) -> None:
+    spec = local.spec("name: absent\nnodes: 2\nroles: {w: {command: [sleep, '1000']}}\n")
+    run_id = local.submit(spec, "--backend", "local")
+    path = local.root / run_id / "journal" / "local1.jsonl"
+    path.symlink_to("/dev/null")
+    assert local.call("wait", run_id).returncode == 1
+    assert "the agent of local1 ended with 1 before it joined" in local.status(run_id)["reason"]
+
+
+def test_a_node_whose_agent_was_killed_keeps_no_scratch(local: Shell) -> None:
+    spec = local.spec("name: killed\nroles: {w: {command: [sh, -c, 'touch $TMPDIR/file; exec sleep 1000']}}\n")
+    run_id = local.ready(spec, "--backend", "local")
+    node = local.status(run_id)["nodes"][0]
+    place = node_directory(run_id, node["node"])
+    wait_until(lambda: (place / "t" / "w-0" / "file").exists(), "the worker to write to its scratch")
+    os.kill(node["agent_pid"], signal.SIGKILL)
+    assert local.call("wait", run_id).returncode == 137
+    assert f"the agent on {node['node']} was ended by signal 9" in local.status(run_id)["reason"]
+    wait_until(lambda: not place.exists(), "the guardian to remove the scratch")
+
+
+def test_a_sweep_removes_the_scratch_of_a_node_that_lost_agent_and_guardian(local: Shell) -> None:
+    spec = local.spec("name: killed\nroles: {w: {command: [sh, -c, 'touch $TMPDIR/file; exec sleep 1000']}}\n")
+    run_id = local.ready(spec, "--backend", "local")
+    node = local.status(run_id)["nodes"][0]
+    place = node_directory(run_id, node["node"])
+    for pid in (node["guardian_pid"], node["agent_pid"]):
+        os.kill(pid, signal.SIGKILL)
+    assert local.call("wait", run_id).returncode == 137
+    wait_until(lambda: not place.exists(), "the batch script's sweep to remove the scratch")

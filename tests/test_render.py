@@ -378,8 +378,8 @@ def test_a_run_directory_that_the_node_does_not_see(tmp_path: Path) -> None:
     argv = ["bash", str(script)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 78
-    told = f"slurmfork: the run directory {missing} is not visible on node n7; put it on the shared file system"
-    assert done.stderr == f"{told} with --root\n"
+    told = f"slurmfork: node n7 cannot take part: it does not see the run directory {missing}; "
+    assert done.stderr == f"{told}put it on the shared file system with --root\n"
     assert not missing.exists()
 
 
@@ -459,6 +459,12 @@ def test_a_template_that_is_not_there(tmp_path: Path) -> None:
 def test_a_macro_and_a_block_may_be_put_in_again(tmp_path: Path) -> None:
     text = (
         "{% macro twice(x) %}{{ x | sh }} {{ x | sh }}{% endmacro %}"
-        "{% block a %}{{ twice(run_id) }}{% endblock %}\n{{ self.a() }}\n"
+        "\n#!{% block a %}{{ twice(run_id) }}{% endblock %}{{ self.a() }}\n"
     )
-    assert script_of(make_spec(), template=user_template(tmp_path, text)) == ("grpo-abc234 grpo-abc234" * 2 + "\n")
+    made = script_of(make_spec(), template=user_template(tmp_path, text))
+    assert made == "#!" + "grpo-abc234 grpo-abc234" * 2 + "\n"
+
+
+def test_a_script_that_slurm_would_not_take(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="does not begin with #!"):
+        script_of(make_spec(), template=user_template(tmp_path, "hostname\n"))

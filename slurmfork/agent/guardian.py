@@ -147,6 +147,8 @@ def _conclude(status: int, bound: float) -> int:
         _say(f"ended {len(outcome.ended)} processes that the agent on {node_name()} left")
     for survivor in outcome.survivors:
         _say(f"{describe(survivor)} on {node_name()} would not die")
+    if not outcome.survivors:
+        _tidy()
     return _exit_status(code) or int(bool(outcome.survivors))
 
 
@@ -162,6 +164,14 @@ def _leftovers() -> Iterator[Identity]:
         for one in walk_tagged(run_id, node_name(), job_id=os.environ.get("SLURM_JOB_ID")):
             if one not in seen and one.pid not in kin:
                 yield one
+
+
+def _tidy() -> None:
+    """Remove the node's directory, which the agent would have removed."""
+    from slurmfork.agent.scratch import remove_left  # not before: what is imported stays for the whole run
+
+    if run_id := os.environ.get(names.RUN_ID):
+        remove_left(run_id, node_name())
 
 
 def _exit_status(code: int) -> int:

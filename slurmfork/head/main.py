@@ -20,6 +20,7 @@ import uvloop
 from slurmfork import credentials, names
 from slurmfork.errors import PlanError, Refused, RunDirError, SlurmforkError
 from slurmfork.head import addresses
+from slurmfork.head.absentees import BatchLog
 from slurmfork.head.api import Api
 from slurmfork.head.ending import Ending, Verdict
 from slurmfork.head.launcher import Launcher
@@ -103,6 +104,7 @@ class Head:
             secrets=_secrets(self._rundir),
         )
         self._launcher = Launcher(self._argv)
+        self._batch_log = BatchLog(self._rundir)
         self._ending = Ending(self._table, self._members, self._workers, self._launcher, self._rundir, main=self._main)
         self._api = Api(self._table, self._workers, self._cancel)
 
@@ -152,14 +154,12 @@ class Head:
     async def _bring_up(self) -> None:
         """Agents, plan, workers: until all are up, or the run is decided to end."""
         try:
-            await asyncio.wait_for(self._members.complete.wait(), JOIN_TIMEOUT)
+            if not await self._all_joined():
+                return
             nodes = [Node(member.node, len(member.join.devices), member.join.cpus) for member in self._members.sorted()]
             placements = plan(self._spec, self._nodes(nodes))
             self._planned = [placement.worker for placement in placements]
             await self._workers.start_all(placements)
-        except asyncio.TimeoutError:
-            missing = self._members.expected - len(self._table.nodes)
-            self._fail(f"{missing} of {self._members.expected} agents did not join within {JOIN_TIMEOUT:.0f} s")
         except Refused as error:
             self._fail(str(error), error)
         except (PlanError, SlurmforkError) as error:
@@ -170,6 +170,22 @@ class Head:
         else:
             if not self._ending.decided.done():
                 self._table.set_state(RunState.READY)
+
+    async def _all_joined(self) -> bool:
+        """Wait for all agents; False, and the run is decided to fail, where one does not come."""
+        absent = asyncio.ensure_future(self._batch_log.absentee(lambda node: node in self._table.nodes))
+        complete = asyncio.ensure_future(self._members.complete.wait())
+        try:
+            await asyncio.wait([absent, complete], timeout=JOIN_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            if absent.done():
+                self._fail(absent.result())
+            elif not complete.done():
+                missing = self._members.expected - len(self._table.nodes)
+                self._fail(f"{missing} of {self._members.expected} agents did not join within {JOIN_TIMEOUT:.0f} s")
+            return complete.done() and not absent.done()
+        finally:
+            absent.cancel()
+            complete.cancel()
 
     def _nodes(self, nodes: list[Node]) -> list[Node]:
         """On this machine CPUs are shared with everything else: they limit only where the spec says how many."""
@@ -184,8 +200,7 @@ class Head:
 
     async def _watch_launcher(self) -> None:
         await asyncio.shield(self._launcher.ended)
-        tail = _tail_of_agents(self._rundir) if not self._members.complete.is_set() else ""
-        self._ending.launcher_ended(tail)
+        self._ending.launcher_ended(_last_words(self._rundir, joined=self._members.complete.is_set()))
 
     # --- what agents and clients say
 
@@ -270,11 +285,14 @@ def _secrets(rundir: RunDir) -> dict[str, str]:
     return {str(name): str(value) for name, value in data.items()}
 
 
-def _tail_of_agents(rundir: RunDir) -> str:
-    """The last line that any agent wrote, for a start that failed before an agent could speak."""
+def _last_words(rundir: RunDir, *, joined: bool) -> str:
+    """What an agent's log says of its end: its guardian's word, or before it joined whatever was written last."""
     for path in sorted(rundir.agents.glob("*.log")):
         lines = path.read_text(errors="replace").strip().splitlines()
-        if lines:
+        guardians = [line.removeprefix("slurmfork: ") for line in lines if line.startswith("slurmfork: the agent on ")]
+        if guardians:
+            return guardians[-1]
+        if lines and not joined:
             return f"{path.name}: {lines[-1][:500]}"
     return ""
 

@@ -16,8 +16,8 @@ unset SLURMFORK_NODE SLURMFORK_WORKER SLURMFORK_ROLE SLURMFORK_INDEX SLURMFORK_P
 
 # --- Every file of the run is in the run directory, so this node must see it too.
 if [ ! -f "$SLURMFORK_RUN_DIR/batch.sh" ]; then
-  echo "slurmfork: the run directory $SLURMFORK_RUN_DIR is not visible on node $slurmfork_node;" \
-    "put it on the shared file system with --root" >&2
+  echo "slurmfork: node $slurmfork_node cannot take part: it does not see the run directory" \
+    "$SLURMFORK_RUN_DIR; put it on the shared file system with --root" >&2
   exit 78
 fi
 
