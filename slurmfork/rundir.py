@@ -133,6 +133,11 @@ class RunDir:
         return self.path / "end.json"
 
     @property
+    def sweeps(self) -> Path:
+        """sweep.jsonl, a report for each sweep that was run at the end."""
+        return self.path / "sweep.jsonl"
+
+    @property
     def credentials(self) -> Path:
         return self.path / "credentials"
 

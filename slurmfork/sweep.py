@@ -11,6 +11,7 @@ import argparse
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from slurmfork import journal, names
 from slurmfork.agent.scratch import remove_left
 from slurmfork.errors import RunDirError, SlurmforkError, UsageError
 from slurmfork.killing import end_all
-from slurmfork.process import Identity, alive, ancestors, describe, owner, walk, walk_tagged
+from slurmfork.process import Identity, alive, ancestors, boot_id, describe, owner, walk, walk_tagged
 from slurmfork.rundir import RunDir, RunRecord
 
 BOUND_S = 10.0
@@ -34,8 +35,14 @@ MAX_GRACE_S = 3600
 
 @dataclass
 class SweepReport:
-    """What was ended, and what would not die, each in words; ``notes`` says what could not be looked at."""
+    """What was ended, and what would not die, each in words; ``notes`` says what could not be looked at.
 
+    ``node`` (None: all that this machine was) and ``boot_id`` say where, ``time`` (since the epoch) when.
+    """
+
+    node: str | None = None
+    boot_id: str = field(default_factory=boot_id)
+    time: float = field(default_factory=time.time)
     killed: list[str] = field(default_factory=list)
     survivors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -55,7 +62,7 @@ def sweep(
     ``node``: only what belongs to that node of the run. The caller, its ancestors and the PIDs in ``spare``
     are left alone. Raises RunDirError where the run directory is not this user's own.
     """
-    report = SweepReport()
+    report = SweepReport(node=node)
     recorded = list(_recorded(rundir, node, report.notes))
     # Whatever was found once: when its parent has ended nothing else may lead to it.
     known = {one: None for one in recorded if owner(one.pid) == os.geteuid() and alive(one)}

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 ANSWERS_KEPT = 1024
 ORPHANS_GRACE_S = 1.0
 END_MARGIN_S = 1.0
+EARLY_LOOKS_S = (0.3, 1.5, 4.0)  # after a start, in which most daemons are made: who saw them come knows whose they are
 
 
 class Supervisor:
@@ -123,6 +124,8 @@ class Supervisor:
             why = StartFailed(f"not started within {LAUNCH_TIMEOUT_S:g} s: a file system hangs")
             return dict.fromkeys((worker.name for worker in workers), why)
         self.reap()
+        for seconds in EARLY_LOOKS_S:
+            self._loop.call_later(seconds, self.heartbeat)
         return {worker.name: worker.start_failure for worker in workers if worker.start_failure}
 
     async def _undo_late(self, workers: list[Worker], done: asyncio.Future[None]) -> None:
