@@ -68,6 +68,7 @@ PORTS = "SLURMFORK_PORTS"
 AGENT = "SLURMFORK_AGENT"
 TARGET = "SLURMFORK_TARGET"
 HEAD = "SLURMFORK_HEAD"
+KILL_WAIT = "SLURMFORK_KILL_WAIT"
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,38}[A-Za-z0-9])?")
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,46}[A-Za-z0-9])?")

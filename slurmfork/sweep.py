@@ -40,9 +40,9 @@ class SweepReport:
     ``node`` (None: all that this machine was) and ``boot_id`` say where, ``time`` (since the epoch) when.
     """
 
-    node: str | None = None
-    boot_id: str = field(default_factory=boot_id)
-    time: float = field(default_factory=time.time)
+    node: str | None = field(default=None, compare=False)
+    boot_id: str = field(default_factory=boot_id, compare=False)
+    time: float = field(default_factory=time.time, compare=False)
     killed: list[str] = field(default_factory=list)
     survivors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -134,6 +134,13 @@ class Stage:
         return found
 
     @property
+    def launcher_and_sweep(self) -> tuple[list[str], list[str]]:
+        """The two command lines that the head was given."""
+        words = self.seen["argv"][4:]
+        end = words.index("--sweep")
+        return words[:end], words[end + 1 :]
+
+    @property
     def started(self) -> bool:
         return (self.run_dir / "head.seen").exists()
 

@@ -25,6 +25,12 @@ def test_a_failure_that_is_ignored_holds_up_nothing(local: Shell) -> None:
     assert states == {"flaky/0": ("failed", 3), "steady/0": ("running", None)}
 
 
+def agent_on(local: Shell, run_id: str, node: str) -> int:
+    """The PID of a node's agent."""
+    pid: int = next(view["agent_pid"] for view in local.status(run_id)["nodes"] if view["node"] == node)
+    return pid
+
+
 def test_a_fork_on_an_agent_that_hangs_is_refused_in_its_time_and_leaves_nothing(local: Shell) -> None:
     spec = local.spec(
         """
@@ -40,7 +46,7 @@ def test_a_fork_on_an_agent_that_hangs_is_refused_in_its_time_and_leaves_nothing
         """
     )
     run_id = local.ready(spec, "--backend", "local")
-    agent = next(node["agent_pid"] for node in local.status(run_id)["nodes"] if node["node"] == "local1")
+    agent = agent_on(local, run_id, "local1")
     os.kill(agent, signal.SIGSTOP)
     try:
         done = local.call("fork", run_id, "eval", "--timeout", "1")
@@ -180,3 +186,35 @@ def test_a_sweep_removes_the_scratch_of_a_node_that_lost_agent_and_guardian(loca
         os.kill(pid, signal.SIGKILL)
     assert local.call("wait", run_id).returncode == 137
     wait_until(lambda: not place.exists(), "the batch script's sweep to remove the scratch")
+
+
+def test_a_cancel_sweeps_the_node_of_an_agent_that_hangs(local: Shell) -> None:
+    spec = local.spec("name: hang\nnodes: 2\nroles: {w: {per_node: 3, command: [sleep, '1000']}}\n")
+    run_id = local.ready(spec, "--backend", "local")
+    os.kill(
+        next(node["agent_pid"] for node in local.status(run_id)["nodes"] if node["node"] == "local1"), signal.SIGSTOP
+    )
+    reply = local.json("cancel", run_id)
+    assert (reply["state"], reply["survivors"], reply["unverified"]) == ("cancelled", 0, [])
+    assert local.left(run_id) == []
+
+
+def test_a_run_goes_on_without_a_node_where_the_spec_says_so(local: Shell) -> None:
+    spec = local.spec(
+        """
+        name: goeson
+        nodes: 2
+        on_node_fail: continue
+        roles:
+          w: {per_node: 1, command: [sleep, "1000"]}
+        """
+    )
+    run_id = local.ready(spec, "--backend", "local")
+    os.kill(
+        next(node["agent_pid"] for node in local.status(run_id)["nodes"] if node["node"] == "local1"), signal.SIGKILL
+    )
+    wait_until(lambda: states(local, run_id)["w/1"] == "failed", "the loss of local1 to be told")
+    assert local.status(run_id)["state"] == "ready"
+    assert states(local, run_id)["w/0"] == "running"
+    reply = local.json("cancel", run_id)
+    assert (reply["state"], reply["survivors"], reply["unverified"]) == ("cancelled", 0, [])

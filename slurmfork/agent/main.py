@@ -55,7 +55,7 @@ log = logging.getLogger("slurmfork.agent")
 
 FIRST_JOIN_S = 60.0
 HEADS_TURN_S = 0.5  # the head, told of a signal, sends the end to all nodes: that is worth a moment
-KILL_MARGIN_S = 1.0
+KILL_MARGIN_S = 1.5  # before Slurm's SIGKILL; half a second later the guardian loses patience
 LEAST_BUDGET_S = 2.0
 FILES = 65_536
 

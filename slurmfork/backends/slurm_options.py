@@ -40,6 +40,8 @@ def options(spec: Spec, request: Request, run_dir: Path) -> list[Option]:
     if request.gpus_per_node and not given & _GPU_OPTIONS:
         found.append(("gpus-per-node", str(request.gpus_per_node)))
     found += [("output", _output(run_dir)), ("open-mode", "append"), ("no-requeue", None)]
+    if spec.on_node_fail == "continue":
+        found.append(("no-kill", None))
     limit = next((seconds(value) for name, value in own if name == "time" and value), None)
     if limit:
         found.append(("signal", f"B:USR1@{max(1, min(WARNING_S, limit // 10))}"))

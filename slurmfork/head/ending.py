@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from slurmfork.errors import RunDirError, SlurmforkError
 from slurmfork.head.launcher import Launcher
 from slurmfork.head.members import Members
+from slurmfork.head.sweeper import PATIENCE_S, Sweeper
 from slurmfork.head.table import Table
 from slurmfork.head.workers import STOP_MARGIN, Workers
 from slurmfork.messages import EndOrder, EndReport, WorkerView
@@ -31,13 +33,17 @@ LAUNCHER_PATIENCE = 15.0
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the run shall end. ``budget``: seconds in which all must be gone (None: as each worker's grace asks)."""
+    """How the run shall end. ``budget``: seconds in which all must be gone (None: as each worker's grace asks).
+
+    ``lost``: the node whose loss it is.
+    """
 
     state: RunState
     reason: str
     exit_status: int | None
     budget: float | None = None
     outside: bool = False
+    lost: str | None = None
 
 
 class Ending:
@@ -49,15 +55,18 @@ class Ending:
         members: Members,
         workers: Workers,
         launcher: Launcher,
+        sweeper: Sweeper,
         rundir: RunDir,
         *,
         main: str | None,
+        on_node_fail: Literal["end", "continue"],
     ) -> None:
         self.decided: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self.done: asyncio.Future[EndRecord] = asyncio.get_running_loop().create_future()
         self.warned = False
         self._table, self._members, self._workers = table, members, workers
-        self._launcher, self._rundir, self._main = launcher, rundir, main
+        self._launcher, self._sweeper, self._rundir = launcher, sweeper, rundir
+        self._main, self._on_node_fail = main, on_node_fail
         self._held: dict[str, asyncio.TimerHandle] = {}
 
     def decide(self, verdict: Verdict) -> None:
@@ -115,11 +124,14 @@ class Ending:
 
     def node_lost(self, node: str) -> None:
         """An agent is gone for longer than its lease: its workers are, too, or soon will be."""
-        for view in list(self._table.workers.values()):
-            if view.node == node and view.state not in OVER_STATES:
-                view.state, view.reason = WorkerState.FAILED, f"the agent on {node} was lost"
-                self._table.event("worker", state="failed", worker=view.worker, node=node, message=view.reason)
-        self.decide(Verdict(RunState.FAILED, f"the agent on node {node} was lost", 1, outside=True))
+        lost = [v for v in self._table.workers.values() if v.node == node and v.state not in OVER_STATES]
+        for view in lost:
+            view.state, view.reason = WorkerState.FAILED, f"the agent on {node} was lost"
+            self._table.event("worker", state="failed", worker=view.worker, node=node, message=view.reason)
+        if self._on_node_fail == "continue" and not any(view.role == self._main for view in lost):
+            log.warning("node %s is lost: the run goes on without it", node)
+        else:
+            self.decide(Verdict(RunState.FAILED, f"the agent on node {node} was lost", 1, outside=True, lost=node))
 
     def launcher_ended(self, log_tail: str) -> None:
         """The launcher is gone while the run was not over: no agent is left, or none ever came."""
@@ -136,7 +148,12 @@ class Ending:
         for hold in self._held.values():
             hold.cancel()
         missing = self._members.close()
-        survivors, unverified = await self._end_agents(verdict.budget)
+        survivors, silent = await self._end_agents(verdict.budget)
+        left, unverified = await self._sweep(silent, verdict.budget)
+        survivors += left
+        if verdict.lost in unverified:  # it is not the agent alone that is gone
+            reason = f"node {verdict.lost} was lost: its agent is gone, and nothing can be run there"
+            verdict = replace(verdict, state=RunState.NODE_FAIL, reason=reason)
         if not await self._launcher_gone(verdict.budget) and missing:
             unverified.append(f"{missing} nodes whose agents never joined")
         with contextlib.suppress(OSError):
@@ -162,7 +179,7 @@ class Ending:
         return record
 
     async def _end_agents(self, budget: float | None) -> tuple[list[str], list[str]]:
-        """(descriptions of survivors, nodes that could not be asked)."""
+        """(descriptions of survivors, nodes whose agents did not answer)."""
         nodes = [member.node for member in self._members.sorted()]
         patience = STOP_MARGIN + (self._workers.longest_grace() if budget is None else budget)
         bodies = {node: EndOrder(budget=budget) for node in nodes}
@@ -176,6 +193,12 @@ class Ending:
             else:
                 survivors += [f"{node}: {line}" for line in answer.survivors]
         return survivors, unverified
+
+    async def _sweep(self, nodes: list[str], budget: float | None) -> tuple[list[str], list[str]]:
+        """Sweep nodes whose agents did not answer; (descriptions of survivors, nodes where that was not possible)."""
+        found = await self._sweeper.sweep(nodes, PATIENCE_S if budget is None else min(PATIENCE_S, budget))
+        survivors = [f"{node}: {line}" for node, lines in found.items() for line in lines or ()]
+        return survivors, [node for node, lines in found.items() if lines is None]
 
     async def _launcher_gone(self, budget: float | None) -> bool:
         """Whether the launcher has ended, as it does when the last guardian has; bounded."""

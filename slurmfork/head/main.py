@@ -25,6 +25,7 @@ from slurmfork.head.api import Api
 from slurmfork.head.ending import Ending, Verdict
 from slurmfork.head.launcher import Launcher
 from slurmfork.head.members import Members, listen
+from slurmfork.head.sweeper import Sweeper
 from slurmfork.head.table import Table
 from slurmfork.head.workers import Workers
 from slurmfork.messages import ApiAnswer, ApiCall, CancelReply, CancelRequest, Going, NodeView, WorkerView
@@ -44,9 +45,10 @@ LINGER = 10.0
 class Head:
     """One run's head. ``run()`` returns the exit status of the batch step."""
 
-    def __init__(self, rundir: RunDir, launcher: list[str]) -> None:
+    def __init__(self, rundir: RunDir, launcher: list[str], sweep: list[str]) -> None:
         self._rundir = rundir
         self._argv = launcher
+        self._sweeper = Sweeper(sweep, rundir)
         self._signalled = asyncio.Event()
         self._by_request = False
         record = rundir.read_record(rundir.record, RunRecord)
@@ -105,7 +107,16 @@ class Head:
         )
         self._launcher = Launcher(self._argv)
         self._batch_log = BatchLog(self._rundir)
-        self._ending = Ending(self._table, self._members, self._workers, self._launcher, self._rundir, main=self._main)
+        self._ending = Ending(
+            self._table,
+            self._members,
+            self._workers,
+            self._launcher,
+            self._sweeper,
+            self._rundir,
+            main=self._main,
+            on_node_fail=self._spec.on_node_fail,
+        )
         self._api = Api(self._table, self._workers, self._cancel)
 
     def _handle_signals(self) -> None:
@@ -272,7 +283,7 @@ class Head:
 
 def _kill_wait() -> float:
     """Seconds between Slurm's SIGTERM and its SIGKILL, less a margin."""
-    return max(2.0, float(os.environ.get("SLURMFORK_KILL_WAIT") or KILL_WAIT) - 2.0)
+    return max(2.0, float(os.environ.get(names.KILL_WAIT) or KILL_WAIT) - 2.0)
 
 
 def _secrets(rundir: RunDir) -> dict[str, str]:
@@ -304,15 +315,17 @@ def _exit_status(record: EndRecord) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """``--run-dir DIR -- LAUNCHER...``; the exit status of the run."""
+    """``--run-dir DIR -- LAUNCHER... [--sweep PREFIX...]``; the exit status of the run."""
     if len(arguments) < 4 or arguments[0] != "--run-dir" or arguments[2] != "--":
-        print("usage: head --run-dir DIR -- LAUNCHER [ARGUMENT...]", file=sys.stderr)
+        print("usage: head --run-dir DIR -- LAUNCHER [ARGUMENT...] [--sweep PREFIX...]", file=sys.stderr)
         return 2
+    end = arguments.index("--sweep") if "--sweep" in arguments else len(arguments)
+    launcher, sweep = arguments[3:end], arguments[end + 1 :]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     rundir = RunDir(Path(arguments[1]))
 
     async def run() -> int:
-        return await Head(rundir, arguments[3:]).run()
+        return await Head(rundir, launcher, sweep).run()
 
     try:
         return uvloop.run(run())  # its TLS takes a third of the time of asyncio's own

@@ -137,6 +137,9 @@ class Spec(Section, kw_only=True, frozen=True):
     secrets: list[str] = field(default_factory=list)
     # Which containment a node gives: auto, the strongest that it has; none, no namespaces (not offered yet).
     isolation: Literal["auto", "none"] = "auto"
+    # What follows when a node is lost. end: the run ends. continue: it goes on without that node's workers, unless
+    # one of the main role was there.
+    on_node_fail: Literal["end", "continue"] = "end"
     # The roles, by name: letters, digits, - and _; 40 at most.
     roles: dict[str, Role]
 

@@ -62,11 +62,15 @@ trap slurmfork_finish EXIT
 [ "$slurmfork_status" -eq 0 ] || exit "$slurmfork_status"
 slurmfork_part=run
 
-# --- What the head starts, to have one agent started on each node.
+# --- What the head starts, to have one agent started on each node; and how it runs a command on one node, to sweep
+# it should its agent not answer: slurmfork_sweep, the node, the command, which gets `--node NODE` at its end.
+slurmfork_sweep=()
 slurmfork_launcher=(
   "$slurmfork_python" -I "$slurmfork_package/backends/local_nodes.py"
   --nodes 2 --gpus 8
 )
+# shellcheck disable=SC2016
+slurmfork_sweep=(bash -c 'node=$1; shift; exec "$@" --node "$node"' sweep)
 
 # --- The head. A trap runs only when no command is in the foreground, so the head is in the background, and this
 # shell waits for it. SIGTERM (scancel) ends the run; SIGUSR1 warns that the time limit is near. Both go to the head
@@ -77,7 +81,7 @@ trap '[ -z "$slurmfork_head" ] || kill -USR1 "$slurmfork_head" 2>/dev/null' USR1
 (
   trap '' USR1 # until the head listens, a warning must not end it
   exec "$slurmfork_python" -I "$slurmfork_package/head/__main__.py" --run-dir "$SLURMFORK_RUN_DIR" \
-    -- "${slurmfork_launcher[@]}"
+    -- "${slurmfork_launcher[@]}" --sweep "${slurmfork_sweep[@]}"
 ) &
 slurmfork_head=$!
 [ -z "$slurmfork_told" ] || kill -TERM "$slurmfork_head" 2>/dev/null
