@@ -218,3 +218,26 @@ def test_a_run_goes_on_without_a_node_where_the_spec_says_so(local: Shell) -> No
     assert states(local, run_id)["w/0"] == "running"
     reply = local.json("cancel", run_id)
     assert (reply["state"], reply["survivors"], reply["unverified"]) == ("cancelled", 0, [])
+
+
+SAVES = "import signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: print('saved', flush=True)); "
+
+
+def test_a_warning_reaches_the_workers_that_asked_for_it(local: Shell) -> None:
+    spec = local.spec(
+        f"""
+        name: warned
+        roles:
+          careful:
+            checkpoint: {{signal: SIGUSR2, before: 30}}
+            ready: {{notify: true}}
+            command: [python3, -c, "{SAVES}{READY_WHEN_TOLD}"]
+          plain: {{command: [sleep, "1000"]}}
+        """
+    )
+    run_id = local.ready(spec, "--backend", "local")
+    plain = next(view for view in local.ps(run_id) if view["role"] == "plain")
+    os.kill(int(local.status(run_id)["job_id"]), signal.SIGUSR1)
+    log = local.root / run_id / "logs" / "careful-0.log"
+    wait_until(lambda: "saved" in log.read_text(), "the worker to hear of it")
+    assert [view["pid"] for view in local.ps(run_id, "plain")] == [plain["pid"]]

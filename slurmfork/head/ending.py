@@ -9,20 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from slurmfork.errors import RunDirError, SlurmforkError
 from slurmfork.head.launcher import Launcher
 from slurmfork.head.members import Members
 from slurmfork.head.sweeper import PATIENCE_S, Sweeper
 from slurmfork.head.table import Table
+from slurmfork.head.warning import EndWarning
 from slurmfork.head.workers import STOP_MARGIN, Workers
 from slurmfork.messages import EndOrder, EndReport, WorkerView
 from slurmfork.names import OVER_STATES, RunState, WorkerState
 from slurmfork.rundir import EndRecord, RunDir
+from slurmfork.spec import Spec
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ LAUNCHER_PATIENCE = 15.0
 class Verdict:
     """How the run shall end. ``budget``: seconds in which all must be gone (None: as each worker's grace asks).
 
-    ``lost``: the node whose loss it is.
+    ``lost``: the node whose loss it is. ``requeue``: the run is to come back.
     """
 
     state: RunState
@@ -44,6 +46,7 @@ class Verdict:
     budget: float | None = None
     outside: bool = False
     lost: str | None = None
+    requeue: bool = False
 
 
 class Ending:
@@ -57,16 +60,15 @@ class Ending:
         launcher: Launcher,
         sweeper: Sweeper,
         rundir: RunDir,
-        *,
-        main: str | None,
-        on_node_fail: Literal["end", "continue"],
+        spec: Spec,
     ) -> None:
         self.decided: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self.done: asyncio.Future[EndRecord] = asyncio.get_running_loop().create_future()
-        self.warned = False
         self._table, self._members, self._workers = table, members, workers
         self._launcher, self._sweeper, self._rundir = launcher, sweeper, rundir
-        self._main, self._on_node_fail = main, on_node_fail
+        self._spec = spec
+        self._main = next((name for name, role in spec.roles.items() if role.main), None)
+        self.warning = EndWarning(spec, workers, os.environ, self._at_limit)
         self._held: dict[str, asyncio.TimerHandle] = {}
 
     def decide(self, verdict: Verdict) -> None:
@@ -79,13 +81,17 @@ class Ending:
 
     def told(self, by: str, budget: float) -> None:
         """Slurm, or somebody by signal, ends the job."""
-        state = RunState.TIMEOUT if self.warned else RunState.CANCELLED
-        reason = "the time limit was reached" if self.warned else f"ended from outside ({by})"
+        state = RunState.TIMEOUT if self.warning.time_limit else RunState.CANCELLED
+        reason = "the time limit was reached" if self.warning.time_limit else f"ended from outside ({by})"
         for name in self._held:  # they did not fail: the same signal reached them first
             view = self._table.workers.get(name)
             if view is not None and view.state is WorkerState.FAILED:
                 view.state, view.log_tail = WorkerState.STOPPED, ""
         self.decide(Verdict(state, reason, None, budget, outside=True))
+
+    def _at_limit(self) -> None:
+        """The time limit is so near that the run has to end now, to be put into the queue again."""
+        self.decide(Verdict(RunState.TIMEOUT, "the time limit is near", None, requeue=True))
 
     def worker_changed(self, view: WorkerView, planned: list[str]) -> None:
         """Judge a worker's new state: failures end the run, and so does the end of the main role."""
@@ -128,7 +134,7 @@ class Ending:
         for view in lost:
             view.state, view.reason = WorkerState.FAILED, f"the agent on {node} was lost"
             self._table.event("worker", state="failed", worker=view.worker, node=node, message=view.reason)
-        if self._on_node_fail == "continue" and not any(view.role == self._main for view in lost):
+        if self._spec.on_node_fail == "continue" and not any(view.role == self._main for view in lost):
             log.warning("node %s is lost: the run goes on without it", node)
         else:
             self.decide(Verdict(RunState.FAILED, f"the agent on node {node} was lost", 1, outside=True, lost=node))
@@ -156,8 +162,10 @@ class Ending:
             verdict = replace(verdict, state=RunState.NODE_FAIL, reason=reason)
         if not await self._launcher_gone(verdict.budget) and missing:
             unverified.append(f"{missing} nodes whose agents never joined")
-        with contextlib.suppress(OSError):
-            self._rundir.secrets.unlink(missing_ok=True)
+        requeued = verdict.requeue and await self._requeue()
+        if not requeued and not (verdict.outside and self._spec.requeue):  # else the next attempt needs them
+            with contextlib.suppress(OSError):
+                self._rundir.secrets.unlink(missing_ok=True)
         record = EndRecord(
             state=verdict.state,
             reason=verdict.reason,
@@ -169,14 +177,34 @@ class Ending:
         )
         for line in survivors:
             log.error("still alive: %s", line)
-        self._table.set_state(verdict.state, verdict.reason, verdict.exit_status)
+        if requeued:
+            self._table.set_state(RunState.PENDING, "requeued at its time limit")
+        else:
+            self._table.set_state(verdict.state, verdict.reason, verdict.exit_status)
         await self._table.close()
-        try:
-            self._rundir.write_record(self._rundir.end, record)
-        except RunDirError as error:
-            log.error("the end could not be recorded: %s", error)
+        if not requeued:
+            try:
+                self._rundir.write_record(self._rundir.end, record)
+            except RunDirError as error:
+                log.error("the end could not be recorded: %s", error)
         self.done.set_result(record)
         return record
+
+    async def _requeue(self) -> bool:
+        """Have Slurm put the job into the queue again; False where it does not."""
+        job_id = os.environ.get("SLURM_JOB_ID", "")
+        try:
+            # Before Slurm hears of it: the batch script, which it signals at once, must find a run that goes on.
+            self._rundir.write(self._rundir.requeued, b"")
+            self._rundir.head.unlink(missing_ok=True)
+            process = await asyncio.create_subprocess_exec("scontrol", "requeue", job_id)
+            if await asyncio.wait_for(process.wait(), 30) == 0:
+                return True
+        except (OSError, RunDirError, asyncio.TimeoutError) as error:
+            log.warning("scontrol requeue: %s", error)
+        with contextlib.suppress(OSError):
+            self._rundir.requeued.unlink(missing_ok=True)
+        return False
 
     async def _end_agents(self, budget: float | None) -> tuple[list[str], list[str]]:
         """(descriptions of survivors, nodes whose agents did not answer)."""

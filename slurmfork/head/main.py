@@ -56,7 +56,6 @@ class Head:
         if record is None or spec is None:
             raise RunDirError(f"{rundir.path} is not a run directory")
         self._record, self._spec = record, spec
-        self._main = next((name for name, role in spec.roles.items() if role.main), None)
         self._planned: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -103,7 +102,7 @@ class Head:
             self._members,
             self._rundir,
             cwd=self._record.cwd,
-            secrets=_secrets(self._rundir),
+            extra={**_secrets(self._rundir), names.ATTEMPT: str(_attempt())},
         )
         self._launcher = Launcher(self._argv)
         self._batch_log = BatchLog(self._rundir)
@@ -114,8 +113,7 @@ class Head:
             self._launcher,
             self._sweeper,
             self._rundir,
-            main=self._main,
-            on_node_fail=self._spec.on_node_fail,
+            self._spec,
         )
         self._api = Api(self._table, self._workers, self._cancel)
 
@@ -131,8 +129,8 @@ class Head:
         self._ending.told("scancel, or a signal to the batch script", _kill_wait())
 
     def _warned(self) -> None:
-        self._ending.warned = True
-        self._table.event("run", state=str(self._table.state), message="the time limit is near")
+        self._table.event("run", state=str(self._table.state), message="warned that the job is about to be ended")
+        self._ending.warning.given()
 
     def _launch(self, environment: dict[str, str], link_socket: socket.socket) -> None:
         environment[names.HEAD] = addresses.head_variable(self._addresses, link_socket)
@@ -157,7 +155,7 @@ class Head:
             boot_id=boot_id(),
             start_time=own.start_time if own else 0,
             started=time.time(),
-            attempt=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            attempt=_attempt(),
             job_id=os.environ.get("SLURM_JOB_ID"),
         )
         self._rundir.write_record(self._rundir.head, record)
@@ -279,6 +277,11 @@ class Head:
             await asyncio.wait_for(self._signalled.wait(), LINGER)
         except (OSError, asyncio.TimeoutError) as error:
             log.warning("scancel: %s", error)
+
+
+def _attempt() -> int:
+    """How often Slurm has started this run before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _kill_wait() -> float:

@@ -45,7 +45,7 @@ class Workers:
 
     ``roles`` are the spec's, and those that a fork brought along; ``forking`` holds those of which a fork is
     under way. ``unwanted`` are workers whose stop could not be verified: should they be seen, they are stopped
-    again. ``secrets`` go into the environment of workers and nowhere else.
+    again. ``extra``, secrets among it, goes into the environment of workers and nowhere else.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Workers:
         rundir: RunDir,
         *,
         cwd: str,
-        secrets: Mapping[str, str],
+        extra: Mapping[str, str],
     ) -> None:
         self.roles: dict[str, Role] = dict(spec.roles)
         self.adhoc: set[str] = set()
@@ -67,7 +67,7 @@ class Workers:
         self._members = members
         self._rundir = rundir
         self._cwd = cwd
-        self._base = {**spec.env, **secrets}
+        self._base = {**spec.env, **extra}
         self._rendezvous = Rendezvous(members)
         self._placements: dict[str, Placement] = {}
         self._orders: dict[str, Order] = {}

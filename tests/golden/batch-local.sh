@@ -22,7 +22,7 @@ if [ ! -f "$SLURMFORK_RUN_DIR/batch.sh" ]; then
 fi
 
 # --- What an earlier attempt left, should Slurm have requeued the job.
-rm -f "$SLURMFORK_RUN_DIR/batch.status" "$SLURMFORK_RUN_DIR/end.json" "$SLURMFORK_RUN_DIR/head.json"
+(cd "$SLURMFORK_RUN_DIR" && rm -f batch.status end.json head.json requeued)
 
 # --- However this script ends: end what is left of the run, then leave the exit status in batch.status.
 # shellcheck disable=SC2317 # it is the trap that calls it
@@ -38,8 +38,10 @@ slurmfork_finish() {
   # On this machine, always. It finds what belongs to the run by its journals, and by the tag in the environment.
   timeout -k 5 30 "$slurmfork_python" -I "$slurmfork_package/sweep.py" --run-dir "$SLURMFORK_RUN_DIR" --grace 2 \
     >>"$SLURMFORK_RUN_DIR/sweep.jsonl"
-  printf '%s\n' "$status" >"$SLURMFORK_RUN_DIR/.batch.status" &&
-    mv -f "$SLURMFORK_RUN_DIR/.batch.status" "$SLURMFORK_RUN_DIR/batch.status"
+  if [ ! -f "$SLURMFORK_RUN_DIR/requeued" ]; then # else the run is not over: it waits for its next attempt
+    printf '%s\n' "$status" >"$SLURMFORK_RUN_DIR/.batch.status" &&
+      mv -f "$SLURMFORK_RUN_DIR/.batch.status" "$SLURMFORK_RUN_DIR/batch.status"
+  fi
   exit "$status"
 }
 trap slurmfork_finish EXIT
