@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from processes import wait_until
 from running import Shell, command_of
+
+PAIR = """
+    name: pair
+    local: {gpus-per-node: 1}
+    roles:
+      rollout: {gpus: 1, command: [sleep, "1000"]}
+      probe:
+        strategy: {type: colocation, target: rollout}
+        autostart: false
+        ready: {notify: true, timeout: 100}
+        command: [sleep, "1001"]
+"""
+
+
+@contextmanager
+def stopped_head(shell: Shell, run_id: str) -> Iterator[None]:
+    """The head of a run says nothing meanwhile."""
+    pid = json.loads((shell.root / run_id / "head.json").read_text())["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_failure_that_is_ignored_holds_up_nothing(local: Shell) -> None:
@@ -52,3 +78,15 @@ def test_a_fork_on_an_agent_that_hangs_is_refused_in_its_time_and_leaves_nothing
     assert len(local.json("fork", run_id, "eval")["workers"]) == 2
     children = [one for one in map(command_of, local.pids(run_id)) if one == ["sleep", "1001"]]
     assert len(children) == 2
+
+
+def test_a_fork_does_not_wait_for_a_head_that_has_gone_silent(local: Shell) -> None:
+    run_id = local.ready(local.spec(PAIR), "--backend", "local")
+    forking = local.start("fork", run_id, "probe")
+    wait_until(lambda: local.ps(run_id, "probe"), "the fork to be under way")
+    with stopped_head(local, run_id):
+        asking = [forking, local.start("stop", run_id, "rollout")]  # one has its connection, one does not get any
+        said = [one.communicate(timeout=60)[1] for one in asking]
+    assert said == [f"slurmfork: the head of run {run_id} does not answer\n"] * 2
+    assert [one.returncode for one in asking] == [1, 1]
+    assert local.status(run_id)["state"] == "ready"
