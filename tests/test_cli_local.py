@@ -296,7 +296,7 @@ def test_a_fork_that_fails_says_who_and_why(local: Shell, run_id: str, options: 
 
 def test_what_is_asked_of_a_run_that_is_over(local: Shell, run_id: str) -> None:
     assert local.json("cancel", run_id) == {
-        "run_id": run_id, "state": "cancelled", "survivors": 0, "unverified": [], "details": []
+        "run_id": run_id, "state": "cancelled", "survivors": 0, "unverified": [], "details": [], "notes": []
     }  # fmt: skip
     assert local.call("cancel", run_id).stdout == f"{run_id}: cancelled, 0 survivors\n"
     done = local.call("fork", run_id, "eval")

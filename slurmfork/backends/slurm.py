@@ -60,12 +60,12 @@ class SlurmBackend:
             reports.update(self._queue(cluster).report(own))
         return reports
 
-    def cancel(self, rundir: RunDir, job: Job) -> None:
+    def cancel(self, rundir: RunDir, job: Job, patience: float) -> None:
         """scancel, for this very job: an id may have been given to another since. Raises BackendError."""
         report = self._queue(job.cluster).look(job)
         if report.state in ENDED_STATES or report.word == GONE:
             return
-        answer = ask([*of_cluster("scancel", job.cluster), job.job_id])
+        answer = ask([*of_cluster("scancel", job.cluster), job.job_id], timeout=patience)
         if not answer.ok and not re.search("Invalid job id|already complet", answer.words):
             raise BackendError(f"scancel {job.job_id}: {answer.words}")
 
