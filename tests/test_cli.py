@@ -22,10 +22,10 @@ from slurmfork.cli import main as door
 from slurmfork.cli.group import cli
 from slurmfork.cli.main import SECTIONS, VERBS, main
 from slurmfork.cli.options import Seconds
-from slurmfork.errors import BackendError, PlanError, Problem, Refused, SpecError
+from slurmfork.errors import BackendError, PlanError, Problem, Refused, SpecError, UsageError
 from slurmfork.messages import NodeView, StatusView, WorkerCounts, WorkerView
 from slurmfork.names import RunState, WorkerState
-from slurmfork.rundir import EndRecord, RunDir, RunRecord
+from slurmfork.rundir import EndRecord, RunDir, RunRecord, find
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRINTS_DATA = {
@@ -168,6 +168,8 @@ def test_every_verb_has_help_and_the_common_options(say: Any, verb: str) -> None
         (["wait", "x", "--timeout", "soon"], "'soon' is not a duration"),
         (["prune", "--older-than", "30"], "'30' is not a duration; write 7d"),
         (["fork", "x", "y", "--env", "novalue"], "'novalue' is not NAME=VALUE"),
+        (["cancel", ""], "the name of the run is empty"),
+        (["status", " "], "the name of the run is empty"),
         (["clean"], "say which run to clean, or --all"),
         (["clean", "x", "--all"], "say which run to clean, or --all"),
     ],
@@ -385,6 +387,12 @@ def test_status_of_all_and_of_one(say: Any, root: Path) -> None:
     assert say("status", "4711", "--json").document["runs"][0]["run_id"] == "demo-aaaaaa"
     assert say("status", "last", "--json").document["runs"][0]["run_id"] == "demo-bbbbbb"
     assert "could be any of 2 runs" in say("status", "demo").err
+
+
+def test_no_name_is_no_run_s(root: Path) -> None:
+    make_run(root, "demo-aaaaaa")
+    with pytest.raises(UsageError, match="is empty"):
+        find(root, "")
 
 
 def test_a_damaged_run_does_not_hide_the_others(say: Any, root: Path) -> None:
