@@ -135,10 +135,12 @@ class Run:
     def progress(self, deadline: float | None = None) -> Iterator[RunStatus]:
         """The run's status whenever it changed (by the head's events) or may have (by the scheduler).
 
-        Stops at the run's end, or at ``deadline``, a time of time.monotonic().
+        Stops at the run's end, or at ``deadline``, a time of time.monotonic(). Raises RunDirError if it is damaged.
         """
         while deadline is None or time.monotonic() < deadline:
             status = self.status()
+            if status.state is RunState.UNKNOWN:
+                raise RunDirError(status.reason)
             yield status
             if status.over:
                 return
@@ -299,6 +301,8 @@ class Run:
         if seen.end is not None:
             raise Unreachable(f"run {self.run_id} is over: {seen.end.state}, {seen.end.reason}")
         client = seen.client()
+        if client is None and seen.damage:
+            raise RunDirError(seen.damage)
         if client is None:
             raise Unreachable(f"run {self.run_id} has not started yet; `slurmfork wait {self.run_id} --for ready`")
         with client:
@@ -306,18 +310,25 @@ class Run:
 
 
 def statuses(runs: Sequence[Run]) -> list[tuple[RunStatus, list[WorkerView]]]:
-    """Status and workers of each run; each scheduler is asked once for all of its runs, all heads at once."""
+    """Status and workers of each run; each scheduler is asked once for all of its runs, all heads at once.
+
+    A run that is damaged is ``unknown``, with the reason, and keeps nothing from the others.
+    """
     seen = [Observation(run.rundir, run.record) for run in runs]
-    reports: dict[tuple[str, str], JobReport] = {}
-    for name in sorted({run.record.backend for run in runs}):
-        asked = [
-            (run.rundir, run.job)
-            for run, look in zip(runs, seen, strict=True)
-            if run.record.backend == name and run.job is not None and look.needs_scheduler()
-        ]
-        if asked:
-            reports.update({(name, job): report for job, report in backends.get(name).report(asked).items()})
-    words = [reports.get((run.record.backend, run.job_id or "")) for run in runs]
+    asked: dict[str, dict[int, tuple[RunDir, Job]]] = {}
+    for place, run in enumerate(runs):
+        if run.job is not None and seen[place].needs_scheduler():
+            asked.setdefault(run.record.backend, {})[place] = (run.rundir, run.job)
+    words: list[JobReport | None] = [None] * len(runs)
+    for name, jobs in asked.items():
+        try:
+            reports = backends.get(name).report(list(jobs.values()))
+        except UsageError as error:
+            for place in jobs:
+                seen[place].damage = str(error)
+            continue
+        for place, report in zip(jobs, reports, strict=True):
+            words[place] = report
     if len(runs) < 2:
         return [look.look(word) for look, word in zip(seen, words, strict=True)]
     from concurrent.futures import ThreadPoolExecutor

@@ -240,13 +240,12 @@ def run_dirs(root: Path) -> Iterator[RunDir]:
     except OSError as error:
         raise RunDirError(f"cannot read {root}: {error.strerror}") from None
     for entry in entries:
-        if not names.RUN_ID_PATTERN.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
-            continue
-        if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
-            continue
         rundir = RunDir(Path(entry.path))
-        if rundir.record.exists():
-            yield rundir
+        with contextlib.suppress(OSError):  # it is removed just now, or closed: the others are there all the same
+            if not names.RUN_ID_PATTERN.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+                continue
+            if entry.stat(follow_symlinks=False).st_uid == os.geteuid() and rundir.record.exists():
+                yield rundir
 
 
 def find(root: Path, wanted: str) -> RunDir:

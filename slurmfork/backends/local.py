@@ -75,12 +75,15 @@ class LocalBackend:
         script.returncode = 0  # it is meant to outlive us: no complaint that it still runs
         return Job(job_id=str(script.pid), submitted=time.time(), notes=notes)
 
-    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> dict[str, JobReport]:
+    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> list[JobReport]:
         """Whether each script still runs, as far as this machine can tell."""
-        return {job.job_id: self._report(rundir) for rundir, job in jobs}
+        return [self._report(rundir) for rundir, _ in jobs]
 
     def _report(self, rundir: RunDir) -> JobReport:
-        record = rundir.read_record(rundir.path / "local.json", LocalJob)
+        try:
+            record = rundir.read_record(rundir.path / "local.json", LocalJob)
+        except RunDirError as error:
+            return JobReport(state=None, reason=str(error), fresh=time.time())
         if record is None:
             return JobReport(state=None, reason="the batch script was never started", fresh=time.time())
         if record.host != os.uname().nodename:

@@ -35,6 +35,7 @@ STYLES = {
     "node_fail": "bold red",
     "timeout": "red",
     "preempted": "yellow",
+    "unknown": "yellow",
     "cancelled": "yellow",
     "stopping": "yellow",
     "restarting": "yellow",
