@@ -202,12 +202,16 @@ class StopReply(Struct, kw_only=True):
 
 
 class CancelReply(Struct, kw_only=True):
-    """How a cancelled run ended; sent when nothing of it runs on any node that could be asked."""
+    """How a cancelled run ended; sent when nothing of it runs on any node that could be asked.
+
+    ``notes``: what else went wrong, as a scheduler that would not cancel the job.
+    """
 
     state: names.RunState
     survivors: int
     unverified: list[str] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class ErrorReply(Struct, kw_only=True):

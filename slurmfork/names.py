@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class RunState(str, Enum):
-    """State of a run. ``ENDED_STATES`` are final."""
+    """State of a run. ``ENDED_STATES`` are final. ``UNKNOWN``: what its directory holds cannot be read."""
 
     PENDING = "pending"
     STARTING = "starting"
@@ -22,6 +22,7 @@ class RunState(str, Enum):
     TIMEOUT = "timeout"
     PREEMPTED = "preempted"
     NODE_FAIL = "node_fail"
+    UNKNOWN = "unknown"
 
     def __str__(self) -> str:
         return self.value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -18,6 +19,8 @@ from slurmfork.errors import RunDirError, SlurmforkError
 from slurmfork.messages import NodeView, StatusView, WorkerCounts, WorkerView
 from slurmfork.names import ENDED_STATES, OVER_STATES, RunState, WorkerState
 from slurmfork.rundir import EndRecord, HeadRecord, RunDir, RunRecord
+
+T = TypeVar("T")
 
 HEAD_TIMEOUT = 3.0
 # Slurm knows better than the head, which saw a SIGTERM and no more, why a job was ended.
@@ -59,13 +62,21 @@ class RunStatus(msgspec.Struct, kw_only=True):
 
 
 class Observation:
-    """One look at one run. ``status`` and ``views`` are filled by ``look``."""
+    """One look at one run. ``damage`` says what of it cannot be read, and is told where no head answers."""
 
     def __init__(self, rundir: RunDir, record: RunRecord) -> None:
         self.rundir = rundir
         self.record = record
-        self.end = rundir.read_record(rundir.end, EndRecord)
-        self.head = rundir.read_record(rundir.head, HeadRecord)
+        self.damage = ""
+        self.end = self._read(rundir.end, EndRecord)
+        self.head = self._read(rundir.head, HeadRecord)
+
+    def _read(self, path: Path, kind: type[T]) -> T | None:
+        try:
+            return self.rundir.read_record(path, kind)
+        except RunDirError as error:
+            self.damage = str(error)
+            return None
 
     def needs_scheduler(self) -> bool:
         """Whether the scheduler's word may change anything: not once a run ended by its own doing."""
@@ -101,7 +112,10 @@ class Observation:
             return status, view.workers
         view = self._saved()
         self._take_view(status, view, "saved")
-        self._take_report(status, report)
+        if self.damage:
+            status.state, status.reason = RunState.UNKNOWN, self.damage
+        else:
+            self._take_report(status, report)
         return status, _closed(view) if status.over else (view.workers if view else [])
 
     def _ask_head(self) -> StatusView | None:

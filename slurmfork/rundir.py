@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from slurmfork import names
-from slurmfork.errors import RunDirError, RunNotFound
+from slurmfork.errors import RunDirError, RunNotFound, UsageError
 
 T = TypeVar("T")
 
@@ -250,20 +250,21 @@ def run_dirs(root: Path) -> Iterator[RunDir]:
     except OSError as error:
         raise RunDirError(f"cannot read {root}: {error.strerror}") from None
     for entry in entries:
-        if not names.RUN_ID_PATTERN.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
-            continue
-        if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
-            continue
         rundir = RunDir(Path(entry.path))
-        if rundir.record.exists():
-            yield rundir
+        with contextlib.suppress(OSError):  # it is removed just now, or closed: the others are there all the same
+            if not names.RUN_ID_PATTERN.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
+                continue
+            if entry.stat(follow_symlinks=False).st_uid == os.geteuid() and rundir.record.exists():
+                yield rundir
 
 
 def find(root: Path, wanted: str) -> RunDir:
     """The run that ``wanted`` names: a run id, a unique prefix of one, a job id, or ``last``.
 
-    Raises RunNotFound where there is none, or more than one.
+    Raises RunNotFound where there is none, or more than one, UsageError for no name at all.
     """
+    if not wanted.strip():  # as from a variable that is not set: it would be the beginning of any run's id
+        raise UsageError("the name of the run is empty: give a run id, the beginning of one, a job id, or `last`")
     if names.RUN_ID_PATTERN.fullmatch(wanted):
         exact = RunDir(root / wanted)
         if exact.record.exists():
@@ -271,11 +272,11 @@ def find(root: Path, wanted: str) -> RunDir:
     runs = {rundir.run_id: rundir for rundir in run_dirs(root)}
     if not runs:
         raise RunNotFound(f"there is no run under {root} (--root and SLURMFORK_ROOT choose another place)")
-    records = [record for rundir in runs.values() if (record := _readable(rundir)) is not None]
-    by_age = sorted(records, key=lambda record: record.submitted)
+    records = {run_id: record for run_id, rundir in runs.items() if (record := _readable(rundir)) is not None}
+    by_age = sorted(records, key=lambda run_id: records[run_id].submitted)
     if wanted == "last" and by_age:
-        return runs[by_age[-1].run_id]
-    by_job = [record.run_id for record in by_age if record.job_id == wanted]
+        return runs[by_age[-1]]
+    by_job = [run_id for run_id in by_age if records[run_id].job_id == wanted]
     if by_job:  # job ids are reused after a reset of Slurm: the latest is meant
         return runs[by_job[-1]]
     matches = sorted(run_id for run_id in runs if run_id.startswith(wanted))

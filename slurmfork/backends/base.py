@@ -64,11 +64,14 @@ class Backend(Protocol):
     def submit(self, rundir: RunDir, spec: Spec, request: Request) -> Job:
         """Start the batch script of a filled run directory, in time; what is refused has started nothing."""
 
-    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> dict[str, JobReport]:
-        """What the scheduler says of each job, by job id; it is asked once for all. Never raises."""
+    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> list[JobReport]:
+        """What the scheduler says of each of these jobs, in their order; it is asked once for all. Never raises."""
 
-    def cancel(self, rundir: RunDir, job: Job) -> None:
-        """Have the job ended; one that is over already is left alone."""
+    def cancel(self, rundir: RunDir, job: Job, patience: float) -> None:
+        """Have the job ended; one that is over already is left alone.
+
+        ``patience``: seconds for the scheduler to answer; or, where none sees to it, for the job to end in order.
+        """
 
     def ended(self, rundir: RunDir, job: Job) -> bool:
         """Whether the job is surely over, asked now; cheap enough to be called in a loop."""

@@ -65,13 +65,13 @@ class Queue:
         key = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:12]
         self._file = directory / f"squeue-{key}.json" if directory else None
 
-    def report(self, jobs: Sequence[Job]) -> dict[str, JobReport]:
-        """What is known of each job, by id; at most one squeue, none if another process asked just now."""
+    def report(self, jobs: Sequence[Job]) -> list[JobReport]:
+        """What is known of each job, in their order; at most one squeue, none if another process asked just now."""
         with self._shared() as (cache, mine):
             if mine and any(key_of(job) not in cache.final for job in jobs):
                 self._refresh(cache)
                 self._settle(jobs, cache)
-            return {job.job_id: _report(job, cache) for job in jobs}
+            return [_report(job, cache) for job in jobs]
 
     def look(self, job: Job) -> JobReport:
         """What slurmctld says of one job now: for those who wait for its end."""

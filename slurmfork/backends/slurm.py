@@ -51,21 +51,20 @@ class SlurmBackend:
         notes = [answer.words] if answer.words else []
         return Job(job_id=job_id, cluster=cluster or None, submitted=submitted, notes=notes)
 
-    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> dict[str, JobReport]:
-        """Slurm's word on each job, by job id; Slurm is asked once for all, and every 10 s at most."""
-        asked = sorted((job for _, job in jobs), key=lambda job: job.submitted)  # the latest of an id counts
-        reports: dict[str, JobReport] = {}
-        for cluster in sorted({job.cluster or "" for job in asked}):
-            own = [job for job in asked if (job.cluster or "") == cluster]
-            reports.update(self._queue(cluster).report(own))
-        return reports
+    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> list[JobReport]:
+        """Slurm's word on each job; Slurm is asked once for all, and every 10 s at most."""
+        reports: dict[int, JobReport] = {}
+        for cluster in sorted({job.cluster or "" for _, job in jobs}):
+            own = {place: job for place, (_, job) in enumerate(jobs) if (job.cluster or "") == cluster}
+            reports.update(zip(own, self._queue(cluster).report(list(own.values())), strict=True))
+        return [reports[place] for place in range(len(jobs))]
 
-    def cancel(self, rundir: RunDir, job: Job) -> None:
+    def cancel(self, rundir: RunDir, job: Job, patience: float) -> None:
         """scancel, for this very job: an id may have been given to another since. Raises BackendError."""
         report = self._queue(job.cluster).look(job)
         if report.state in ENDED_STATES or report.word == GONE:
             return
-        answer = ask([*of_cluster("scancel", job.cluster), job.job_id])
+        answer = ask([*of_cluster("scancel", job.cluster), job.job_id], timeout=patience)
         if not answer.ok and not re.search("Invalid job id|already complet", answer.words):
             raise BackendError(f"scancel {job.job_id}: {answer.words}")
 

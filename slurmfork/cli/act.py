@@ -118,7 +118,7 @@ def _tell_stopped(target: str, reply: StopReply) -> None:
 def cancel(run: Sequence[str], root: str | None, as_json: bool) -> int:
     """End runs, wait until they are gone, and verify: counts what is left on every node.
 
-    Exits with 1 if a process is left, or if there is a node that could not be asked.
+    Exits with 1 if a process is left, or if there is a node that could not be asked, or a job not cancelled.
     """
     found = list({one.run_id: one for one in (Run.load(name, root) for name in run)}.values())
     outcomes = _cancel_all(found)
@@ -159,11 +159,12 @@ def _document(run: Run, outcome: Outcome) -> dict[str, object]:
         "survivors": outcome.survivors,
         "unverified": outcome.unverified,
         "details": outcome.details,
+        "notes": outcome.notes,
     }
 
 
 def _tell(run: Run, outcome: Outcome, *, as_json: bool) -> bool:
-    """Say how the cancel of a run went; returns whether nothing of it can be left."""
+    """Say how the cancel of a run went; returns whether all of it did, and nothing can be left."""
     if isinstance(outcome, SlurmforkError):
         output.complain(f"{run.run_id}: {outcome}")
         return False
@@ -171,9 +172,11 @@ def _tell(run: Run, outcome: Outcome, *, as_json: bool) -> bool:
         output.say(attached.cancelled_line(run, outcome))
     for line in outcome.details:
         output.aside(f"  still alive: {line}")
+    for note in outcome.notes:
+        output.complain(f"{run.run_id}: {note}")
     if outcome.survivors:
         output.complain(f"{run.run_id}: `slurmfork clean {run.run_id}` tries again to end what is left")
     if outcome.unverified:
         nodes = ", ".join(outcome.unverified)
         output.complain(f"{run.run_id}: could not ask {nodes}; run `slurmfork clean {run.run_id}` there to make sure")
-    return not outcome.survivors and not outcome.unverified
+    return not (outcome.survivors or outcome.unverified or outcome.notes)
