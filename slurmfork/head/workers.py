@@ -18,9 +18,11 @@ from slurmfork.head.orders import RANK_VARIABLES, Rendezvous, order, pending_vie
 from slurmfork.head.table import Table
 from slurmfork.messages import (
     Order,
+    PortsReply,
     PortsRequest,
     ReserveOrder,
     SignalOrder,
+    SignalReply,
     SignalRequest,
     StartOrder,
     StopOrder,
@@ -283,20 +285,21 @@ class Workers:
             groups.setdefault(self._placements[name].node, []).append(name)
         return groups
 
-    async def signal(self, request: SignalRequest) -> dict[str, list[str]]:
+    async def signal(self, request: SignalRequest) -> SignalReply:
         """Send a signal to a role's workers or to one."""
         names = [view.worker for view in self.find(request.target) if view.state in LIVE_STATES]
         bodies = {
             node: SignalOrder(workers=group, signal=request.signal) for node, group in self._by_node(names).items()
         }
         answers = await self._members.ask_each("signal", bodies, list[str], timeout=STOP_MARGIN)
-        return {"signalled": sorted(name for answer in answers.values() for name in _or_raise(answer))}
+        return SignalReply(signalled=sorted(name for answer in answers.values() for name in _or_raise(answer)))
 
-    async def ports(self, request: PortsRequest) -> dict[str, list[int]]:
+    async def ports(self, request: PortsRequest) -> PortsReply:
         """Reserve further ports on a worker's node; they go with it."""
         view = self.find(request.worker)[0]
         order = ReserveOrder(owner=view.worker, count=request.count)
-        return {"ports": await self._members.ask(view.node or "", "reserve", order, list[int], timeout=STOP_MARGIN)}
+        ports = await self._members.ask(view.node or "", "reserve", order, list[int], timeout=STOP_MARGIN)
+        return PortsReply(ports=ports)
 
 
 def views_of(error: SlurmforkError) -> list[WorkerView]:
