@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from slurmfork import names
 from slurmfork.errors import UsageError
@@ -141,7 +141,38 @@ class CancelRequest(Strict, kw_only=True):
     reason: Annotated[str, Meta(pattern=r"^[^\x00]*\Z", max_length=500)] = ""
 
 
+class NoQuery(Strict, kw_only=True):
+    """The query of what takes none."""
+
+
+class StatusQuery(Strict, kw_only=True):
+    """The query of GET /v1/status."""
+
+    workers: Annotated[bool, Meta(description="Whether to list the workers.")] = True
+
+
+class WorkersQuery(Strict, kw_only=True):
+    """The query of GET /v1/workers."""
+
+    role: Annotated[Name, Meta(description="Only the workers of this role.")] | UnsetType = UNSET
+
+
+class EventsQuery(Strict, kw_only=True):
+    """The query of GET /v1/events. ``follow`` is the head's to serve: an agent has what there is by now."""
+
+    since: Annotated[int, Meta(ge=0, le=2**63 - 1, description="Only events with a greater number.")] = 0
+    follow: Annotated[bool, Meta(description="Also those to come, as they happen, one JSON document a line.")] = False
+
+
 # --- API replies -------------------------------------------------------------------------------------------
+
+
+class Health(Struct, kw_only=True):
+    """The head is there."""
+
+    ok: bool
+    run_id: str
+    state: names.RunState
 
 
 class NodeView(Struct, kw_only=True):
@@ -187,6 +218,12 @@ class StatusView(Struct, kw_only=True):
     ready: float | None = None
 
 
+class WorkersReply(Struct, kw_only=True):
+    """Workers, by role and index."""
+
+    workers: list[WorkerView]
+
+
 class ForkReply(Struct, kw_only=True):
     """The children of a fork, all of them up."""
 
@@ -199,6 +236,18 @@ class StopReply(Struct, kw_only=True):
     stopped: list[str]
     survivors: int
     results: list[StopResult] = field(default_factory=list)
+
+
+class SignalReply(Struct, kw_only=True):
+    """The names of the workers that were signalled."""
+
+    signalled: list[str]
+
+
+class PortsReply(Struct, kw_only=True):
+    """The ports that were reserved."""
+
+    ports: list[int]
 
 
 class CancelReply(Struct, kw_only=True):
@@ -232,6 +281,12 @@ class Event(Struct, kw_only=True, omit_defaults=True):
     worker: str | None = None
     node: str | None = None
     message: str = ""
+
+
+class EventsReply(Struct, kw_only=True):
+    """Events, the oldest first."""
+
+    events: list[Event]
 
 
 # --- link: agent <-> head ----------------------------------------------------------------------------------
@@ -332,6 +387,7 @@ class ApiAnswer(Strict, kw_only=True):
 
     status: int
     body: str
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Going(Strict, kw_only=True):

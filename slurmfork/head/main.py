@@ -25,6 +25,7 @@ from slurmfork.head.api import Api
 from slurmfork.head.ending import Ending, Verdict
 from slurmfork.head.launcher import Launcher
 from slurmfork.head.members import Members, listen
+from slurmfork.head.server import serve
 from slurmfork.head.sweeper import Sweeper
 from slurmfork.head.table import Table
 from slurmfork.head.workers import Workers
@@ -145,7 +146,7 @@ class Head:
         """The HTTP server is slow to import: that is done while the agents are on their way."""
         await asyncio.get_running_loop().run_in_executor(None, __import__, "aiohttp.web")
         context = credentials.server_context(self._rundir.credentials)
-        await self._api.serve(sock, context)
+        await serve(self._api, sock, context)
         own = identify(os.getpid())
         record = HeadRecord(
             addresses=self._addresses,
@@ -250,8 +251,8 @@ class Head:
     async def _worker_api(self, node: str, body: msgspec.Raw) -> ApiAnswer:
         call = msgspec.json.decode(body, type=ApiCall)
         caller = f"{call.worker or 'a process'} on {node}"
-        status, answer = await self._api.answer(call.method, call.path, call.body.encode(), caller)
-        return ApiAnswer(status=status, body=answer.decode())
+        answer = await self._api.answer(call.method, call.path, call.body.encode(), caller)
+        return ApiAnswer(status=answer.status, body=answer.body.decode(), headers=answer.headers)
 
     async def _cancel(self, asked: CancelRequest) -> CancelReply:
         self._by_request = True

@@ -65,7 +65,7 @@ class EndWarning:
         await asyncio.sleep(max(0.0, left - wanted.before))
         with contextlib.suppress(SlurmforkError):  # a role that is not there has nothing to save
             told = await self._workers.signal(SignalRequest(target=role, signal=wanted.signal))
-            log.info("%s to %s: the end is near", wanted.signal, ", ".join(told["signalled"]) or "nobody")
+            log.info("%s to %s: the end is near", wanted.signal, ", ".join(told.signalled) or "nobody")
 
     async def _seconds_left(self) -> float | None:
         """Seconds until the time limit; None outside of Slurm, without a limit, or where Slurm does not say."""

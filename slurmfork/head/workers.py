@@ -20,9 +20,11 @@ from slurmfork.head.orders import RANK_VARIABLES, Rendezvous, order, pending_vie
 from slurmfork.head.table import Table
 from slurmfork.messages import (
     Order,
+    PortsReply,
     PortsRequest,
     ReserveOrder,
     SignalOrder,
+    SignalReply,
     SignalRequest,
     StartOrder,
     StopOrder,
@@ -308,7 +310,7 @@ class Workers:
             groups.setdefault(self._placements[name].node, []).append(name)
         return groups
 
-    async def signal(self, request: SignalRequest) -> dict[str, list[str]]:
+    async def signal(self, request: SignalRequest) -> SignalReply:
         """Send a signal to a role's workers or to one."""
         names = [view.worker for view in self.find(request.target) if view.state in LIVE_STATES]
         bodies = {
@@ -318,13 +320,14 @@ class Workers:
         for answer in answers.values():
             if isinstance(answer, SlurmforkError):
                 raise answer
-        return {"signalled": sorted(name for answer in answers.values() for name in cast("list[str]", answer))}
+        return SignalReply(signalled=sorted(n for answer in answers.values() for n in cast("list[str]", answer)))
 
-    async def ports(self, request: PortsRequest) -> dict[str, list[int]]:
+    async def ports(self, request: PortsRequest) -> PortsReply:
         """Reserve further ports on a worker's node; they go with it."""
         view = self.find(request.worker)[0]
         order = ReserveOrder(owner=view.worker, count=request.count)
-        return {"ports": await self._members.ask(view.node or "", "reserve", order, list[int], timeout=STOP_MARGIN)}
+        ports = await self._members.ask(view.node or "", "reserve", order, list[int], timeout=STOP_MARGIN)
+        return PortsReply(ports=ports)
 
 
 def views_of(error: SlurmforkError) -> list[WorkerView]:
