@@ -22,11 +22,11 @@ if not __package__:  # isolated mode leaves out every path of the user's, ours a
 import msgspec
 
 from slurmfork import journal, names
-from slurmfork.agent.scratch import remove_left
 from slurmfork.errors import RunDirError, SlurmforkError, UsageError
 from slurmfork.killing import end_all
 from slurmfork.process import Identity, alive, ancestors, boot_id, describe, owner, walk, walk_tagged
 from slurmfork.rundir import RunDir, RunRecord
+from slurmfork.scratch import remove_left
 
 BOUND_S = 10.0
 DEFAULT_GRACE_S = 5.0

@@ -8,7 +8,7 @@ import signal
 from processes import wait_until
 from running import Shell, command_of
 
-from slurmfork.agent.scratch import node_directory
+from slurmfork.scratch import node_directory
 
 
 def test_a_failure_that_is_ignored_holds_up_nothing(local: Shell) -> None:

@@ -197,7 +197,7 @@ def _leftovers() -> Iterator[Identity]:
 
 def _tidy() -> None:
     """Remove the node's directory, which the agent would have removed."""
-    from slurmfork.agent.scratch import remove_left  # not before: what is imported stays for the whole run
+    from slurmfork.scratch import remove_left  # not before: what is imported stays for the whole run
 
     if run_id := os.environ.get(names.RUN_ID):
         remove_left(run_id, node_name())

@@ -27,7 +27,6 @@ from slurmfork.agent.environment import inherited
 from slurmfork.agent.node import Node
 from slurmfork.agent.outfit import Site
 from slurmfork.agent.ports import Ports
-from slurmfork.agent.scratch import Scratch, remove
 from slurmfork.agent.server import Server
 from slurmfork.agent.starter import Starter
 from slurmfork.agent.supervisor import Supervisor
@@ -49,6 +48,7 @@ from slurmfork.messages import (
     Welcome,
 )
 from slurmfork.process import boot_id
+from slurmfork.scratch import Scratch, remove
 from slurmfork.version import __version__
 
 log = logging.getLogger("slurmfork.agent")

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from slurmfork import journal
 from slurmfork.agent.command import arguments
-from slurmfork.agent.scratch import private_directory
 from slurmfork.agent.spawn import StartFailed, open_log, spawn
 from slurmfork.errors import RunDirError
 from slurmfork.journal import Journal, Record
 from slurmfork.process import Identity
+from slurmfork.scratch import private_directory
 
 log = logging.getLogger(__name__)
 

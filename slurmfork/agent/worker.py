@@ -16,7 +16,6 @@ from slurmfork import journal
 from slurmfork.agent import readiness
 from slurmfork.agent.lastwords import caught, in_words, signal_number, tail
 from slurmfork.agent.outfit import Outfit, Site, outfit
-from slurmfork.agent.scratch import remove
 from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.standing import Standing
 from slurmfork.agent.starter import Launch
@@ -24,6 +23,7 @@ from slurmfork.agent.stopping import KILL_BOUND_S, Outcome, Stopping
 from slurmfork.messages import Order, StopResult, WorkerView
 from slurmfork.names import LIVE_STATES, WorkerState
 from slurmfork.process import Identity, send
+from slurmfork.scratch import remove
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from chaos import sight
 from chaos.sight import Who
-from slurmfork.agent.scratch import node_directory
 from slurmfork.errors import SlurmforkError
 from slurmfork.names import ENDED_STATES
 from slurmfork.run import Run
+from slurmfork.scratch import node_directory
 
 if TYPE_CHECKING:
     from chaos.trial import Trial
