@@ -12,7 +12,6 @@ import logging
 import os
 import resource
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from slurmfork import credentials, prctl
+from slurmfork import credentials, logbook, prctl
 from slurmfork.agent import alarms
 from slurmfork.agent import node as nodes
 from slurmfork.agent.environment import inherited
@@ -281,7 +280,7 @@ def _raise_file_limit() -> None:
 
 def main(guardian_pid: int) -> int:
     """Be the agent; returns the exit status. If it dies instead, the guardian does the rest."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    writing = logbook.begin()
     loop = uvloop.new_event_loop()  # its TLS takes a third of the time of asyncio's own
     try:
         prctl.become_subreaper()
@@ -294,6 +293,7 @@ def main(guardian_pid: int) -> int:
         return 1
     finally:
         loop.close()
+        logbook.end(writing)
 
 
 async def _run(node: Node, guardian_pid: int) -> int:

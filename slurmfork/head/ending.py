@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 SIGTERM_STATUS = 128 + 15
 HOLD = 0.5  # a worker that dies of SIGTERM may be the first to hear that the whole job is being ended
 LAUNCHER_PATIENCE = 15.0
+DISK_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,6 @@ class Ending:
         if not await self._launcher_gone(verdict.budget) and missing:
             unverified.append(f"{missing} nodes whose agents never joined")
         requeued = verdict.requeue and await self._requeue()
-        if not requeued and not (verdict.outside and self._spec.requeue):  # else the next attempt needs them
-            with contextlib.suppress(OSError):
-                self._rundir.secrets.unlink(missing_ok=True)
         record = EndRecord(
             state=verdict.state,
             reason=verdict.reason,
@@ -181,12 +179,14 @@ class Ending:
             self._table.set_state(RunState.PENDING, "requeued at its time limit")
         else:
             self._table.set_state(verdict.state, verdict.reason, verdict.exit_status)
-        await self._table.close()
-        if not requeued:
-            try:
-                self._rundir.write_record(self._rundir.end, record)
-            except RunDirError as error:
-                log.error("the end could not be recorded: %s", error)
+        comes_back = requeued or (verdict.outside and self._spec.requeue)  # then its secrets are needed again
+        try:
+            writing = asyncio.get_running_loop().run_in_executor(
+                None, self._write, None if requeued else record, comes_back
+            )
+            await asyncio.wait_for(asyncio.gather(self._table.close(), writing), DISK_PATIENCE)
+        except asyncio.TimeoutError:
+            log.error("the end could not be recorded within %g s: the run directory's file system hangs", DISK_PATIENCE)
         self.done.set_result(record)
         return record
 
@@ -221,6 +221,17 @@ class Ending:
             else:
                 survivors += [f"{node}: {line}" for line in answer.survivors]
         return survivors, unverified
+
+    def _write(self, record: EndRecord | None, keep_secrets: bool) -> None:
+        """Leave the run directory as a run that is over leaves it; in a thread, for the disk may hang."""
+        if not keep_secrets:
+            with contextlib.suppress(OSError):
+                self._rundir.secrets.unlink(missing_ok=True)
+        try:
+            if record is not None:
+                self._rundir.write_record(self._rundir.end, record)
+        except RunDirError as error:
+            log.error("the end could not be recorded: %s", error)
 
     async def _sweep(self, nodes: list[str], budget: float | None) -> tuple[list[str], list[str]]:
         """Sweep nodes whose agents did not answer; (descriptions of survivors, nodes where that was not possible)."""

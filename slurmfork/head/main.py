@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from slurmfork import credentials, names
+from slurmfork import credentials, logbook, names
 from slurmfork.errors import PlanError, Refused, RunDirError, SlurmforkError
 from slurmfork.head import addresses
 from slurmfork.head.absentees import BatchLog
@@ -325,7 +325,7 @@ def main(arguments: list[str]) -> int:
         return 2
     end = arguments.index("--sweep") if "--sweep" in arguments else len(arguments)
     launcher, sweep = arguments[3:end], arguments[end + 1 :]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    writing = logbook.begin()
     rundir = RunDir(Path(arguments[1]))
 
     async def run() -> int:
@@ -336,3 +336,5 @@ def main(arguments: list[str]) -> int:
     except SlurmforkError as error:
         print(f"slurmfork head: {error}", file=sys.stderr)
         return error.exit_code
+    finally:
+        logbook.end(writing)
