@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from slurmfork import devices, killing, names, process
-from slurmfork.backends.base import Check, Job, JobReport
+from slurmfork.backends.base import PATIENCE_S, Check, Job, JobReport
 from slurmfork.errors import BackendError, RunDirError
 from slurmfork.names import RunState
 from slurmfork.process import Identity
@@ -75,7 +75,7 @@ class LocalBackend:
         script.returncode = 0  # it is meant to outlive us: no complaint that it still runs
         return Job(job_id=str(script.pid), submitted=time.time(), notes=notes)
 
-    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> list[JobReport]:
+    def report(self, jobs: Sequence[tuple[RunDir, Job]], patience: float = PATIENCE_S) -> list[JobReport]:
         """Whether each script still runs, as far as this machine can tell."""
         return [self._report(rundir) for rundir, _ in jobs]
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from slurmfork import names
+from slurmfork.backends.base import PATIENCE_S
 
-TIMEOUT_S = 60.0
 # What a shell inside of a job, or of a worker of ours, would hand on to the commands or to the new job.
 _PROGRAMS = "SLURM SLURMD SBATCH SRUN SALLOC SQUEUE SACCT SCANCEL SINFO SCONTROL SLURMFORK"
 _SCRUBBED = tuple(f"{program}_" for program in _PROGRAMS.split())
@@ -43,7 +43,7 @@ def environment(own: Mapping[str, str] | None = None, *, submit: bool = False) -
     return found if submit else {**found, "TZ": "UTC0", "LC_ALL": "C"}
 
 
-def ask(argv: Sequence[str], *, timeout: float = TIMEOUT_S, submit: bool = False) -> Answer:
+def ask(argv: Sequence[str], *, timeout: float = PATIENCE_S, submit: bool = False) -> Answer:
     """Run a command of Slurm to its end; an answer that is not ``ok`` says why in ``words``."""
     try:
         done = subprocess.run(
