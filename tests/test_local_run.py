@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 from processes import wait_until
-from running import Shell, command_of
+from running import Shell, command_of, environ_of
 
 from slurmfork import credentials, process
 from slurmfork import run as runs
@@ -138,6 +138,16 @@ def test_a_head_that_nothing_moves_is_killed_and_its_agents_are_swept(
     assert (reply.state, reply.survivors, reply.unverified) == ("cancelled", 0, [])
     assert (process.alive(script), process.alive(head), local.left(run_id)) == (False, False, [])
     assert local.status(run_id)["state"] == "cancelled"
+
+
+def test_a_secret_and_what_a_worker_is_told_of_itself_stay_out_of_the_batch_script(local: Shell) -> None:
+    local.env |= {"MYSECRET": "x", "SLURMFORK_WORKER": "outer/3", "RANK": "3", "TMPDIR": str(local.directory)}
+    run_id = local.ready(local.spec(PAIR + "    secrets: [MYSECRET]\n"), "--backend", "local")
+    [node] = local.status(run_id)["nodes"]
+    for pid in (int(local.status(run_id)["job_id"]), head_pid(local, run_id), node["agent_pid"]):
+        assert not {"MYSECRET", "SLURMFORK_WORKER", "RANK", "TMPDIR"} & environ_of(pid).keys()
+    seen = environ_of(local.ps(run_id)[0]["pid"])
+    assert (seen["MYSECRET"], seen["RANK"]) == ("x", "0")
 
 
 class Faulty(http.server.BaseHTTPRequestHandler):

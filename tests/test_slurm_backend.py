@@ -496,9 +496,10 @@ def test_the_submitters_own_job_does_not_leak_into_the_agents(site: Site, monkey
         "SLURMFORK_RUN_ID": "outer-abc234",
     }.items():
         monkeypatch.setenv(name, value)
-    stage, rundir, _ = staged(site)
+    stage, rundir, job = staged(site)
     wait_until(rundir.batch_status.exists, "the end of the batch script", 60)
     assert stage.status == 0, rundir.batch_log.read_text()
+    assert job.notes[0] == "SBATCH_EXCLUSIVE is set and ignored: put exclusive into slurm:"
     assert sorted(path.name for path in (stage.run_dir / "agents").iterdir()) == [
         f"{node}.log" for node in site.cluster.nodes
     ]

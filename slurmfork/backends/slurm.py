@@ -5,6 +5,7 @@ It never looks at a run's workers, and holds no state of its own: jobs are known
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 from slurmfork.backends import slurm_doctor, slurm_records
 from slurmfork.backends.base import PATIENCE_S, Check, Job, JobReport
 from slurmfork.backends.queue import GONE, Queue, shared_directory
-from slurmfork.backends.slurm_commands import Answer, ask, of_cluster
+from slurmfork.backends.slurm_commands import Answer, ask, environment_of_job, of_cluster
+from slurmfork.backends.slurm_options import ignored
 from slurmfork.errors import BackendError, Unanswered
 from slurmfork.names import ENDED_STATES
 
@@ -44,7 +46,7 @@ class SlurmBackend:
 
         Raises Unanswered if the answer was lost on its way: a slow slurmctld takes jobs that it was sent long ago.
         """
-        answer = ask(["sbatch", "--parsable", str(rundir.script)], submit=True)
+        answer = ask(["sbatch", "--parsable", str(rundir.script)], env=environment_of_job(spec.secrets))
         if answer.missing:
             raise BackendError(f"{answer.words}: {_NO_SLURM}")
         found = _SUBMITTED.findall(answer.output)
@@ -54,7 +56,7 @@ class SlurmBackend:
             raise BackendError(_refusal(answer, request))
         job_id, cluster = found[-1]  # a site's wrapper may print before it
         submitted = _submit_time(job_id, cluster)
-        notes = [answer.words] if answer.words else []
+        notes = [*([answer.words] if answer.words else []), *ignored(spec, os.environ)]
         return Job(job_id=job_id, cluster=cluster or None, submitted=submitted, notes=notes)
 
     def report(self, jobs: Sequence[tuple[RunDir, Job]], patience: float = PATIENCE_S) -> list[JobReport]:
