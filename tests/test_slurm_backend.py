@@ -16,7 +16,7 @@ from processes import wait_until
 from rendering import HOSTILE, Stage, make_spec, script_of
 
 from slurmfork.backends.base import Job, JobReport
-from slurmfork.backends.queue import Queue, shared_directory
+from slurmfork.backends.queue import Queue
 from slurmfork.backends.slurm import SlurmBackend
 from slurmfork.errors import BackendError
 from slurmfork.names import RunState
@@ -354,14 +354,6 @@ def test_a_damaged_or_planted_answer_is_not_read(site: Site) -> None:
         planted.rename(file)
         os.chown(file, 12345, 12345)
         assert site.report(asked).word == "PENDING"
-
-
-def test_a_directory_that_is_not_private_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = shared_directory()
-    assert own is not None
-    assert own.stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    assert shared_directory() is None or shared_directory().stat().st_uid == 54321
 
 
 # --- jobs that squeue has dropped

@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import os
 import pwd
-import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,8 +24,10 @@ from slurmfork.backends.slurm_commands import Answer, ask, of_cluster
 from slurmfork.backends.slurm_records import Entry
 from slurmfork.backends.slurm_reports import is_same, key_of, latest_of, report_of
 from slurmfork.backends.slurm_states import run_state
+from slurmfork.errors import RunDirError
 from slurmfork.names import ENDED_STATES
 from slurmfork.rundir import replace_file
+from slurmfork.userdir import user_directory
 
 INTERVAL_S = 10.0
 UNKNOWN_S = 60.0  # how long a job that nobody knew is not asked for again
@@ -224,16 +225,11 @@ def _locked(descriptor: int, patience: float) -> Iterator[bool]:
 
 
 def shared_directory() -> Path | None:
-    """Where this user's processes on this machine share answers; None if the place cannot be trusted."""
-    path = Path(f"/tmp/slurmfork-{os.geteuid()}")
+    """Where this user's processes on this machine share answers; None if there is no place to be trusted."""
     try:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        facts = path.lstat()
-    except OSError:
+        return user_directory()
+    except RunDirError:
         return None
-    private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077
-    return path if private else None
 
 
 def _is_recent(job: Job, cache: Cache) -> bool:
