@@ -71,6 +71,21 @@ TARGET = "SLURMFORK_TARGET"
 HEAD = "SLURMFORK_HEAD"
 ATTEMPT = "SLURMFORK_ATTEMPT"
 KILL_WAIT = "SLURMFORK_KILL_WAIT"
+# What a worker is told of itself by other names: a run that it submits must not take it for its own.
+WORKERS_OWN = frozenset(
+    {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "NODE_RANK",
+        "GROUP_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NOTIFY_SOCKET",
+        "TMPDIR",
+    }
+)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,38}[A-Za-z0-9])?")
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,46}[A-Za-z0-9])?")

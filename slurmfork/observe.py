@@ -163,8 +163,10 @@ class Observation:
             status.state = report.state if self.head is None else status.state
             status.reason = silent or report.reason
             status.source, status.age = ("saved" if self.head else "scheduler"), time.time() - report.fresh
+        elif self.record.job_id is None:
+            status.reason = silent or "the scheduler has not said that it has the job"
         else:
-            status.reason = silent or (report.reason if report else "") or f"submitted {status.age:.0f} s ago"
+            status.reason = silent or (report.reason if report else "")
         if status.over and status.exit_status is None and status.state is RunState.FAILED:
             status.exit_status = 1
 

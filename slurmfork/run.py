@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slurmfork import backends, rundir
-from slurmfork.backends.base import Backend, Job, JobReport
+from slurmfork.backends.base import PATIENCE_S, Backend, Job, JobReport
 from slurmfork.client import Client
 from slurmfork.errors import BackendError, Refused, RunDirError, StillAlive, Unreachable, UsageError
 from slurmfork.messages import (
@@ -37,6 +37,7 @@ from slurmfork.spec import Spec, Stop
 
 POLL = 0.05  # seconds between looks at a file that another node will write
 SCHEDULER_POLL = 2.0  # seconds between asking the backend, which asks Slurm still more seldom
+QUICK = 5.0  # seconds for the scheduler's word where somebody sits and waits for an answer
 END_PATIENCE = 60.0
 END_MARGIN = 20.0  # seconds beyond the workers' grace that an end in order may take
 HEAD_PATIENCE = 15.0  # seconds of silence after which a followed head is asked whether it lives
@@ -111,7 +112,7 @@ class Run:
 
     def workers(self, role: str | None = None) -> list[WorkerView]:
         """Every worker that the run has or had, forked ones too, by role and index."""
-        views = statuses([self])[0][1]
+        views = statuses([self], QUICK)[0][1]
         return [view for view in views if role in (None, view.role)]
 
     def events(self, since: int = 0, timeout: float | None = None) -> Iterator[Event]:
@@ -229,7 +230,7 @@ class Run:
             if self.job is not None:
                 self.backend.cancel(self.rundir, self.job, END_MARGIN)
         except BackendError as error:
-            reply.notes.append(f"the job could not be cancelled: {error}")
+            reply.notes.append(f"the job could not be cancelled, and ends by itself: {error}")
         else:
             self._await_file(self.rundir.batch_status, END_PATIENCE)
         return reply
@@ -256,11 +257,13 @@ class Run:
 
     def _verify_without_head(self, reason: str) -> CancelReply:
         """The job never ran, or its head is gone: wait for the job's end, then look at what can be looked at."""
+        if self.job is None:
+            self.rundir.script.unlink(missing_ok=True)  # a job that the scheduler took after all ends without it
         deadline = time.monotonic() + END_PATIENCE
         while not self._job_is_over():
             if time.monotonic() >= deadline:
                 waited = f"within {END_PATIENCE:.0f} s"
-                raise StillAlive(f"the job {self.job_id} of run {self.run_id} has not ended {waited}")
+                raise StillAlive(f"the job {self.job_id or ''} of run {self.run_id} has not ended {waited}")
             time.sleep(POLL)
         if end := self._end():
             return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
@@ -285,8 +288,10 @@ class Run:
 
     def _job_is_over(self) -> bool:
         """Whether the batch script is done, with its sweep, which comes after the head's own end record."""
-        if self.job is None or self.rundir.batch_status.exists():
+        if self.rundir.batch_status.exists():
             return True
+        if self.job is None:  # nobody knows of a job: the script runs if it has begun to write
+            return not self.rundir.batch_log.exists()
         return self.backend.ended(self.rundir, self.job)
 
     def _await_file(self, path: Path, patience: float) -> None:
@@ -309,9 +314,10 @@ class Run:
             yield client
 
 
-def statuses(runs: Sequence[Run]) -> list[tuple[RunStatus, list[WorkerView]]]:
+def statuses(runs: Sequence[Run], patience: float = PATIENCE_S) -> list[tuple[RunStatus, list[WorkerView]]]:
     """Status and workers of each run; each scheduler is asked once for all of its runs, all heads at once.
 
+    ``patience``: seconds for a scheduler, whose last word counts then, however old; "don't know" is never "gone".
     A run that is damaged is ``unknown``, with the reason, and keeps nothing from the others.
     """
     seen = [Observation(run.rundir, run.record) for run in runs]
@@ -322,7 +328,7 @@ def statuses(runs: Sequence[Run]) -> list[tuple[RunStatus, list[WorkerView]]]:
     words: list[JobReport | None] = [None] * len(runs)
     for name, jobs in asked.items():
         try:
-            reports = backends.get(name).report(list(jobs.values()))
+            reports = backends.get(name).report(list(jobs.values()), patience)
         except UsageError as error:
             for place in jobs:
                 seen[place].damage = str(error)

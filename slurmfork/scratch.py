@@ -1,7 +1,4 @@
-"""The node-local directory of an agent: sockets, and a scratch directory per worker. Removed at the end.
-
-Under /tmp, where anybody may have put anything before: only real directories of this user are used, 0700.
-"""
+"""The node-local directory of an agent: sockets, and a scratch directory per worker. Removed at the end."""
 
 from __future__ import annotations
 
@@ -13,38 +10,24 @@ import stat
 from pathlib import Path
 
 from slurmfork.errors import RunDirError
+from slurmfork.userdir import private_directory as private_directory
+from slurmfork.userdir import user_directory
 
 _LONGEST_BASE = 48  # with what programs add below TMPDIR, a Unix socket's path stays within its 107 bytes
 _LONGEST_NAME = 24
 
 
-def user_directory() -> Path:
-    """What all agents of this user on this host share."""
-    return Path(f"/tmp/slurmfork-{os.geteuid()}")
-
-
 def node_directory(run_id: str, node: str) -> Path:
     """Where the agent of this node keeps its sockets; a hash stands in for names that would be too long."""
-    plain = user_directory() / f"{run_id}-{node}"
+    own = user_directory()
+    plain = own / f"{run_id}-{node}"
     if len(os.fsencode(plain)) <= _LONGEST_BASE:
         return plain
-    return user_directory() / f"h-{_hash(f'{run_id}/{node}')}"
+    return own / f"h-{_hash(f'{run_id}/{node}')}"
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def private_directory(path: Path) -> Path:
-    """Make a directory 0700, or take one of this user; raises RunDirError for anything else of that name."""
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    facts = path.lstat()
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
-        raise RunDirError(f"{path} is not a directory of this user: remove it, or ask who made it to")
-    if stat.S_IMODE(facts.st_mode) & 0o077:
-        path.chmod(0o700)
-    return path
 
 
 class Scratch:
@@ -53,7 +36,6 @@ class Scratch:
     def __init__(self, run_id: str, node: str) -> None:
         self._removed = 0
         try:
-            private_directory(user_directory())
             self.ports = private_directory(user_directory() / "ports")
             self.path = private_directory(node_directory(run_id, node))
             self._workers = private_directory(self.path / "t")

@@ -16,7 +16,7 @@ from processes import wait_until
 from rendering import HOSTILE, Stage, make_spec, script_of
 
 from slurmfork.backends.base import Job, JobReport
-from slurmfork.backends.queue import Queue, shared_directory
+from slurmfork.backends.queue import Queue
 from slurmfork.backends.slurm import SlurmBackend
 from slurmfork.errors import BackendError
 from slurmfork.names import RunState
@@ -356,14 +356,6 @@ def test_a_damaged_or_planted_answer_is_not_read(site: Site) -> None:
         assert site.report(asked).word == "PENDING"
 
 
-def test_a_directory_that_is_not_private_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = shared_directory()
-    assert own is not None
-    assert own.stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    assert shared_directory() is None or shared_directory().stat().st_uid == 54321
-
-
 # --- jobs that squeue has dropped
 
 
@@ -496,9 +488,10 @@ def test_the_submitters_own_job_does_not_leak_into_the_agents(site: Site, monkey
         "SLURMFORK_RUN_ID": "outer-abc234",
     }.items():
         monkeypatch.setenv(name, value)
-    stage, rundir, _ = staged(site)
+    stage, rundir, job = staged(site)
     wait_until(rundir.batch_status.exists, "the end of the batch script", 60)
     assert stage.status == 0, rundir.batch_log.read_text()
+    assert job.notes[0] == "SBATCH_EXCLUSIVE is set and ignored: put exclusive into slurm:"
     assert sorted(path.name for path in (stage.run_dir / "agents").iterdir()) == [
         f"{node}.log" for node in site.cluster.nodes
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -185,6 +186,19 @@ def test_a_failing_worker_ends_the_run_with_its_own_status(
     else:
         assert done.returncode != 0
     assert shell.left(run_id) == []
+
+
+def test_a_secret_reaches_the_workers_and_nobody_else(shell: Shell, cluster: MiniCluster) -> None:
+    shell.env["MYSECRET"] = value = secrets.token_hex(16)
+    run_id = shell.ready(shell.spec(small("[sleep, '1000']")), "--set", "secrets=[MYSECRET]")
+    [worker] = shell.ps(run_id)
+    assert environ_of(worker["pid"])["MYSECRET"] == value
+    [node] = shell.status(run_id)["nodes"]
+    head = json.loads((shell.root / run_id / "head.json").read_text())["pid"]
+    for pid in (head, node["guardian_pid"], node["agent_pid"]):
+        assert "MYSECRET" not in environ_of(pid)
+    stored = subprocess.run(["grep", "-rlF", value, str(cluster.home)], capture_output=True, text=True, check=False)
+    assert (stored.returncode, stored.stdout) == (1, "")
 
 
 def test_the_log_of_a_crash_at_start_is_told(shell: Shell) -> None:

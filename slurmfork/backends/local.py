@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from slurmfork import devices, killing, names, process
-from slurmfork.backends.base import Check, Job, JobReport
+from slurmfork.backends.base import PATIENCE_S, Check, Job, JobReport
 from slurmfork.errors import BackendError, RunDirError
 from slurmfork.names import RunState
 from slurmfork.process import Identity
@@ -61,7 +61,7 @@ class LocalBackend:
                 stdout=log,
                 stderr=log,
                 cwd=Path.cwd(),
-                env=_outside(os.environ),
+                env=_outside(os.environ, spec.secrets),
                 start_new_session=True,
             )
         except OSError as error:
@@ -75,7 +75,7 @@ class LocalBackend:
         script.returncode = 0  # it is meant to outlive us: no complaint that it still runs
         return Job(job_id=str(script.pid), submitted=time.time(), notes=notes)
 
-    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> list[JobReport]:
+    def report(self, jobs: Sequence[tuple[RunDir, Job]], patience: float = PATIENCE_S) -> list[JobReport]:
         """Whether each script still runs, as far as this machine can tell."""
         return [self._report(rundir) for rundir, _ in jobs]
 
@@ -120,13 +120,13 @@ class LocalBackend:
         return [Check(name="local devices", ok=True, detail=shown)]
 
 
-def _outside(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what a Slurm job or another run around us has put there: its tag is not this run's."""
-    kept = (names.ROOT,)
+def _outside(environment: Mapping[str, str], secrets: Sequence[str]) -> dict[str, str]:
+    """Without secrets, and what a Slurm job or another run around us has put there: its tag is not this run's."""
+    dropped = {*secrets, *(names.WORKERS_OWN if names.WORKER in environment else ())}
     return {
         name: value
         for name, value in environment.items()
-        if name in kept or not name.startswith(("SLURM_", "SLURMFORK_"))
+        if name == names.ROOT or (name not in dropped and not name.startswith(("SLURM_", "SLURMFORK_")))
     }
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slurmfork.errors import Problem, SpecError
-from slurmfork.spec.sbatch import REFUSED, TEMPLATE
+from slurmfork.spec.sbatch import ALLOWED, REFUSED, TEMPLATE
 
 if TYPE_CHECKING:
     from slurmfork.plan import Request
@@ -25,6 +26,13 @@ _GPU_OPTIONS = {"gpus-per-node", "gres"}
 _CPU_OPTIONS = {"cpus-per-task", "cpus-per-gpu"}
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _UNLIMITED = {"unlimited", "infinite", "0"}
+_VARIABLES = {  # of sbatch that are not called like their option
+    "array-inx": "array",
+    "cpu-freq-req": "cpu-freq",
+    "mem-per-node": "mem",
+    "req-switch": "switches",
+    "timelimit": "time",
+}
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,@%+=^*-]+")
 _UNSPEAKABLE = re.compile(r"[\0\n]")
 
@@ -54,6 +62,19 @@ def options(spec: Spec, request: Request, run_dir: Path) -> list[Option]:
     if "job-name" not in given:
         found.insert(0, ("job-name", spec.name))
     return found + own
+
+
+def ignored(spec: Spec, environment: Mapping[str, str]) -> list[str]:
+    """What to say of variables that give options to sbatch: it does not see them, the spec is all that counts."""
+    notes = []
+    for name in sorted(name for name in environment if name.startswith("SBATCH_")):
+        word = name.removeprefix("SBATCH_").lower().replace("_", "-")
+        option = _VARIABLES.get(word, word)
+        if option in REFUSED:
+            notes.append(f"{name} is set and ignored: {REFUSED[option]}")
+        elif option in ALLOWED and option not in spec.slurm:
+            notes.append(f"{name} is set and ignored: put {option} into slurm:")
+    return notes
 
 
 def _users(section: dict[str, Any]) -> list[Option]:

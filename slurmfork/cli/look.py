@@ -14,7 +14,9 @@ from slurmfork.errors import UsageError
 from slurmfork.messages import NodeView, WorkerView
 from slurmfork.names import split_target
 from slurmfork.observe import RunStatus
-from slurmfork.run import Run, statuses
+from slurmfork.run import QUICK, Run, statuses
+
+OLD = 30.0  # seconds after which a scheduler's word is told with its age
 
 # --- status
 
@@ -29,13 +31,13 @@ def status(run: str | None, root: str | None, as_json: bool) -> None:
     """Show all runs, the newest last; or RUN in detail: its nodes, what failed, and how fresh that is."""
     if run is not None:
         found = Run.load(run, root)
-        [(one, workers)] = statuses([found])
+        [(one, workers)] = statuses([found], QUICK)
         if as_json:
             output.document({"runs": [one]})
         else:
             _detail(one, workers)
         return
-    every = [one for one, _ in statuses(Run.all(root))]
+    every = [one for one, _ in statuses(Run.all(root), QUICK)]
     if as_json:
         output.document({"runs": every})
     elif not every:
@@ -48,7 +50,7 @@ def status(run: str | None, root: str | None, as_json: bool) -> None:
 def _row(one: RunStatus) -> list[object]:
     nodes = f"{sum(node.joined for node in one.nodes)}/{len(one.nodes)}" if one.nodes else "-"
     age = output.since(one.submitted)
-    reason = one.reason or ("" if one.over else _freshness(one))
+    reason = _stale(one) if one.reason else ("" if one.over else _freshness(one))
     return [one.run_id, one.name, one.backend, one.job_id or "-", one.state, nodes, _up(one), age, reason]
 
 
@@ -66,8 +68,15 @@ def _freshness(one: RunStatus) -> str:
     if one.source == "saved":
         return f"as its head saw it {output.span(one.age)} ago"
     if one.source == "scheduler":
-        return f"the scheduler's word: {one.scheduler}" if one.scheduler else "the scheduler's word"
+        ago = f" {output.span(one.age)} ago" if one.age > OLD else ""
+        return f"the scheduler's word{ago}" + (f": {one.scheduler}" if one.scheduler else "")
     return "nothing heard of it yet" if one.source == "submit" else ""
+
+
+def _stale(one: RunStatus) -> str:
+    """The reason, and its age where the scheduler has not answered for a while."""
+    old = one.source == "scheduler" and one.age > OLD and not one.over
+    return one.reason + (f" (as of {output.span(one.age)} ago)" if old else "")
 
 
 def _detail(one: RunStatus, workers: list[WorkerView]) -> None:

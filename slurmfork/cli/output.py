@@ -21,6 +21,7 @@ KINDS: dict[type[errors.SlurmforkError], str] = {
     errors.PlanError: "plan",
     errors.UsageError: "usage",
     errors.RunNotFound: "not_found",
+    errors.Unanswered: "unanswered",
     errors.BackendError: "backend",
     errors.RunDirError: "run_dir",
     errors.Unreachable: "unreachable",
