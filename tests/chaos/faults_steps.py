@@ -22,7 +22,7 @@ def _journaled(trial: Trial, op: str, role: str, count: int = 1) -> bool:
 
 
 SUBMIT: dict[str, Step] = {
-    "the run directory is there": lambda trial: trial.look_for_run(),
+    "the run is there": lambda trial: trial.look_for_run(),
     "the batch script runs": lambda trial: trial.look_for_run() and trial.find("batch"),
     "the head is there": lambda trial: trial.look_for_run() and trial.find("head"),
     "the head listens": lambda trial: trial.look_for_run() and (trial.rundir / "head.json").exists(),
@@ -69,12 +69,18 @@ def cancel_submit(trial: Trial) -> None:
 def submit_kill(trial: Trial) -> None:
     """Where it died before it had a run directory there is nothing to cancel, and must be nothing to find."""
     submitting = trial.submit_in_background()
-    stage.pause(trial.dice.uniform(0.15, 0.6))
+    if trial.dice.random() < 0.7:
+        stage.until(trial.look_for_run, "the run's directory", pause=0.001)
+        trial.wait_a_moment(trial.dice.choice([0.01, 0.1]))
+    else:
+        trial.wait_a_moment(0.4)
     submitting.send_signal(signal.SIGKILL)
     submitting.wait()
     trial.struck()
     if not trial.look_for_run():
         trial.note("before the run was there")
+    elif not trial.job_id:
+        trial.note("before its job was recorded")
 
 
 @fault("cancel-fork", "cancel at a step of a fork", moments=("own",), ends=False, excuses="intent")

@@ -177,13 +177,13 @@ def _all_pids() -> Iterator[int]:
 
 
 class Watch:
-    """Sees, in a thread of its own, when the last of a trial's workers was there."""
+    """Sees, in a thread of its own, when (``gone``) none of a trial's workers was left, if that came."""
 
     def __init__(self, sight: Sight) -> None:
         self._sight = sight
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
-        self.last_seen = time.monotonic()
+        self.gone: float | None = None
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -194,10 +194,16 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
+        seen = False
         while not self._over.wait(LOOK_S):
+            began = time.monotonic()
             # While one that is known lives there is no need to look for others.
-            if any(lives(one) for one in list(self._sight.known)) or self._sight.workers():
-                self.last_seen = time.monotonic()
+            there = any(lives(one) for one in list(self._sight.known)) or bool(self._sight.workers())
+            if there:
+                self.gone = None
+            elif seen:
+                self.gone = began
+            seen = there
 
 
 def kill(those: Iterable[Who]) -> None:

@@ -42,7 +42,7 @@ class Draft:
         return json.dumps(spec, indent=1)
 
     def kinds(self) -> str:
-        return " ".join(sorted({role["command"][4] for role in self.roles.values()}))
+        return " ".join(sorted({role["command"][4] for role in self.roles.values() if len(role["command"]) > 4}))
 
 
 def command(kind: str, place: Path, name: str, *more: str) -> list[str]:

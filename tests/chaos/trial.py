@@ -65,6 +65,7 @@ class Trial:
         self.background: list[subprocess.Popen[str]] = []
         self.turns: list[float] = []
         self.result = Result(seed, " + ".join(one.name for one in faults))
+        self.missed = False
         self._struck: float | None = None
         self._cancels: list[subprocess.Popen[str]] = []
         self._adopted: list[int] = []
@@ -89,6 +90,8 @@ class Trial:
             try:
                 for one in self.faults:
                     one.prepare(self)
+                if moment == "stopping":  # so that it takes a while
+                    self.draft.roles[specs.FIRST]["command"] = specs.command("stubborn", self.place, "{worker}")
                 self.result.what = f"{self.draft.nodes} nodes, {self.draft.kinds()}"
                 if moment != "own":
                     self.submit()
@@ -156,7 +159,7 @@ class Trial:
         """Whether the run's directory is there; from then on it is known."""
         with contextlib.suppress(OSError, ValueError):
             for path in self.root.iterdir():
-                if not path.name.startswith("."):
+                if (path / "run.json").exists():
                     self._is(path.name)
         return bool(self.run_id)
 
@@ -188,10 +191,10 @@ class Trial:
             return
         if any(one.outside for one in self.faults):
             self._end_outside()
-        elif not self._cancels and any(one.ends for one in self.faults):
+        elif not self._cancels and not self.missed and any(one.ends for one in self.faults):
             patience = max(one.patience for one in self.faults)
             if not self._wait_over(patience):
-                self.note(f"not over by itself within {patience:g} s")
+                self.result.failures.append(f"not over by itself within {patience:g} s: {self._status_words()}")
         if not any(one.outside for one in self.faults):
             if not self._cancels and not self.over():
                 self.struck()
@@ -243,11 +246,13 @@ class Trial:
         return True
 
     def _told_too_early(self) -> None:
-        """Whether "0 survivors" was said while something was there."""
+        """Whether "0 survivors" was said, of every node, while something was there."""
         with contextlib.suppress(SlurmforkError):
             status = Run.load(self.run_id, self.root).status()
-            if status.over and status.survivors == 0 and (left := self.sight.workers()):
-                self.note(f"told {status.state} with 0 survivors while {len(left)} processes were still there")
+            told = status.over and status.survivors == 0 and not status.unverified
+            if told and (left := self.sight.workers()):
+                words = f"told {status.state} with 0 survivors while {len(left)} processes were there"
+                self.result.failures.append(words)
 
     def _status_words(self) -> str:
         with contextlib.suppress(SlurmforkError):
@@ -270,8 +275,8 @@ class Trial:
                 self.result.survivors = told
                 after = f"{len(remain)} after clean" + (f": {said.stdout}{said.stderr}" if said else "")
                 self.note(f"{len(told)} left, {after}")
-        if self._struck is not None and self.sight.announced():
-            self.result.seconds = max(0.0, watch.last_seen - self._struck)
+        if self._struck is not None and watch.gone is not None and watch.gone > self._struck:
+            self.result.seconds = watch.gone - self._struck
 
     def _check(self) -> None:
         self.result.failures += checks.all_of(self)
@@ -307,7 +312,7 @@ class Trial:
             job = f"SLURM_JOB_ID={self.job_id}\0".encode()
             return words.startswith(b"/bin/bash\0") and b"slurm_script" in words and job in sight.read(pid, "environ")
         if part == "launcher":
-            return MARKS[part] in words and b"setsid" not in words and sight.carries(pid, self.run_id)
+            return MARKS[part] in b"".join(words.split(b"\0")[2:3]) and sight.carries(pid, self.run_id)
         return MARKS[part] in words and f"/{self.run_id}".encode() in words
 
     def one(self, part: str) -> Who:
@@ -319,9 +324,12 @@ class Trial:
             return self.find(part)
 
         with contextlib.suppress(Broken):
-            found: list[Who] = until(there, f"the run's {part}", 20)
-            return self.dice.choice(sorted(found))
+            until(there, f"the run's {part}", 20)
+            if self.result.moment == "starting":
+                self.wait_a_moment(0.6)
+            return self.dice.choice(sorted(until(there, f"the run's {part}", 1)))
         self.note(f"its {part} was gone before it was hit")
+        self.missed = True
         return Who(-1, 0)
 
     def journal_lines(self) -> list[str]:
