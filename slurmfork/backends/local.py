@@ -122,7 +122,7 @@ class LocalBackend:
 
 def _outside(environment: Mapping[str, str]) -> dict[str, str]:
     """Without what a Slurm job or another run around us has put there: its tag is not this run's."""
-    kept = (names.ROOT,)
+    kept = (names.ROOT, names.DEVICE_FILES)
     return {
         name: value
         for name, value in environment.items()
