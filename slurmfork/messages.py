@@ -313,12 +313,25 @@ class Welcome(Strict, kw_only=True):
 
     ``lease``: seconds for which an agent that lost its link tries to get it back, before it stops everything.
     ``address``: what the head knows of the node's own address (Slurm's NodeAddr), empty where it knows none.
+    ``time``: what the head's clock says.
     """
 
     run_id: str
     heartbeat: float = 10.0
     lease: float = 5.0
     address: str = ""
+    time: float | None = None
+
+
+class Finding(Strict, kw_only=True):
+    """Agent to head, in answer to ``preflight``: something on its node that is not as a run would have it.
+
+    ``kind``: devices, leftovers, scratch, shm, or clock. ``serious``: with `preflight: refuse` the run fails of it.
+    """
+
+    kind: str
+    text: str
+    serious: bool = False
 
 
 class StartOrder(Strict, kw_only=True):

@@ -27,6 +27,7 @@ from slurmfork.killing import end_all
 from slurmfork.process import Identity, alive, ancestors, boot_id, describe, owner, walk, walk_tagged
 from slurmfork.rundir import RunDir, RunRecord
 from slurmfork.scratch import remove_left
+from slurmfork.shm import remove_named
 
 BOUND_S = 10.0
 DEFAULT_GRACE_S = 5.0
@@ -82,6 +83,7 @@ def sweep(
     if not report.survivors:
         for name in [node] if node else [path.stem for path in _journals(rundir, None, [])]:
             remove_left(run_id, name)
+        remove_named(run_id)
     return report
 
 

@@ -196,11 +196,13 @@ def _leftovers() -> Iterator[Identity]:
 
 
 def _tidy() -> None:
-    """Remove the node's directory, which the agent would have removed."""
+    """Remove the node's directory and shared memory, which the agent would have removed."""
     from slurmfork.scratch import remove_left  # not before: what is imported stays for the whole run
+    from slurmfork.shm import remove_named
 
     if run_id := os.environ.get(names.RUN_ID):
         remove_left(run_id, node_name())
+        remove_named(run_id)
 
 
 def _exit_status(code: int) -> int:

@@ -26,6 +26,7 @@ from slurmfork.agent.environment import inherited
 from slurmfork.agent.node import Node
 from slurmfork.agent.outfit import Site
 from slurmfork.agent.ports import Ports
+from slurmfork.agent.preflight import preflight
 from slurmfork.agent.server import Server
 from slurmfork.agent.starter import Starter
 from slurmfork.agent.supervisor import Supervisor
@@ -48,6 +49,7 @@ from slurmfork.messages import (
 )
 from slurmfork.process import boot_id
 from slurmfork.scratch import Scratch, remove
+from slurmfork.shm import SharedMemory
 from slurmfork.version import __version__
 
 log = logging.getLogger("slurmfork.agent")
@@ -74,6 +76,7 @@ class Agent:
             starter=Starter(node.rundir.journal(node.name)),
             ports=Ports(self._scratch.ports),
             scratch=self._scratch,
+            memory=SharedMemory(node.run_id),
             tell=lambda view: self._uplink.tell("worker", view),
             reap=lambda: self._supervisor.reap(),
         )
@@ -92,6 +95,7 @@ class Agent:
             health=self._health,
         )
         self._ops: dict[str, Callable[[msgspec.Raw], Awaitable[Any]]] = {
+            "preflight": lambda body: preflight(node, self._site.starter, lambda: self._uplink.ahead),
             "start": lambda body: self._supervisor.start(_read(body, StartOrder)),
             "stop": lambda body: self._supervisor.stop(_read(body, StopOrder)),
             "end": lambda body: self._end_by_order(_read(body, EndOrder)),
@@ -137,7 +141,13 @@ class Agent:
         await self._uplink.close(2.0)
         await self._site.starter.close(2.0)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._loop.run_in_executor(None, remove, self._scratch.path), 5.0)
+            await asyncio.wait_for(self._loop.run_in_executor(None, self._tidy), 5.0)
+
+    def _tidy(self) -> None:
+        """Remove what this node's part of the run has left outside of the run directory."""
+        remove(self._scratch.path)
+        if gone := self._site.memory.remove():
+            log.info("removed from /dev/shm: %s", ", ".join(gone))
 
     # --- the head
 

@@ -20,6 +20,7 @@ from slurmfork.agent.tree import Trees
 from slurmfork.errors import Refused, RunDirError
 from slurmfork.messages import Device, Order, WorkerView
 from slurmfork.scratch import Scratch
+from slurmfork.shm import SharedMemory
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Site:
     starter: Starter
     ports: Ports
     scratch: Scratch
+    memory: SharedMemory
     tell: Callable[[WorkerView], None]
     reap: Callable[[], None]
     address: str = ""

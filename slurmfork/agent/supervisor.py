@@ -227,7 +227,8 @@ class Supervisor:
                 return
 
     def heartbeat(self) -> None:
-        """Note in the journal what is new below the workers."""
+        """Note what is new below the workers, in the journal, and what they have in shared memory."""
+        self._loop.run_in_executor(None, self._site.memory.look)
         last_pid = _last_pid()
         if last_pid == self._last_pid:
             return  # no process was born on this machine since the last look

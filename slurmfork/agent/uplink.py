@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +27,10 @@ _FEWEST_TRIES = 3  # a node that was frozen for longer than its lease gets a cha
 
 
 class Uplink:
-    """Connects to one of ``heads`` and joins. ``join(address)`` makes what is said first."""
+    """Connects to one of ``heads`` and joins. ``join(address)`` makes what is said first.
+
+    ``ahead``: seconds by which this machine's clock is surely ahead of the head's, negative where it is behind.
+    """
 
     def __init__(
         self,
@@ -43,6 +47,7 @@ class Uplink:
         self._join = join
         self._handler = handler
         self._link: Link | None = None
+        self.ahead = 0.0
 
     @property
     def up(self) -> bool:
@@ -73,12 +78,14 @@ class Uplink:
             loop.create_connection(lambda: link, host, port, ssl=self._context, server_hostname=self._server_name),
             CONNECT_TIMEOUT_S,
         )
+        asked = time.time()
         try:
             welcome = await link.ask("join", self._join(link.fact("socket").getsockname()[0]), Welcome, JOIN_TIMEOUT_S)
         except BaseException:
             link.close()
             raise
         self._link = link
+        self.ahead = 0.0 if welcome.time is None else _ahead(asked, welcome.time, time.time())
         log.info("joined the head at %s port %d", host, port)
         return welcome
 
@@ -105,3 +112,8 @@ class Uplink:
         self._link.close()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._link.ended(), timeout)
+
+
+def _ahead(asked: float, theirs: float, answered: float) -> float:
+    """How far ours is ahead at least: the head looked at its clock at some moment between our two looks."""
+    return max(0.0, asked - theirs) or min(0.0, answered - theirs)

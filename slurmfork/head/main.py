@@ -25,6 +25,7 @@ from slurmfork.head.api import Api
 from slurmfork.head.ending import Ending, Verdict
 from slurmfork.head.launcher import Launcher
 from slurmfork.head.members import Members, listen
+from slurmfork.head.preflight import preflight
 from slurmfork.head.server import serve
 from slurmfork.head.sweeper import Sweeper
 from slurmfork.head.table import Table
@@ -162,13 +163,15 @@ class Head:
         self._rundir.write_record(self._rundir.head, record)
 
     async def _bring_up(self) -> None:
-        """Agents, plan, workers: until all are up, or the run is decided to end."""
+        """Agents, plan, preflight, workers: until all are up, or the run is decided to end."""
         try:
             if not await self._all_joined():
                 return
             nodes = [Node(member.node, len(member.join.devices), member.join.cpus) for member in self._members.sorted()]
             placements = plan(self._spec, self._nodes(nodes))
             self._planned = [placement.worker for placement in placements]
+            if self._spec.preflight != "off":
+                await preflight(self._members, self._table, refuse=self._spec.preflight == "refuse")
             await self._workers.start_all(placements)
         except Refused as error:
             self._fail(str(error), error)
@@ -215,6 +218,8 @@ class Head:
     # --- what agents and clients say
 
     def _joined(self, view: NodeView) -> None:
+        if known := self._table.nodes.get(view.node):
+            view.notes = known.notes  # with what preflight found
         self._table.nodes[view.node] = view
         self._table.event("node", state="joined", node=view.node, message=view.address)
 

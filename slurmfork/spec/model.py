@@ -154,6 +154,9 @@ class Spec(Section, kw_only=True, frozen=True):
     # What follows when a node is lost. end: the run ends. continue: it goes on without that node's workers, unless
     # one of the main role was there.
     on_node_fail: Literal["end", "continue"] = "end"
+    # What is done about what is found on a node before anything is started there, GPUs that others hold, a full
+    # /tmp or a wrong clock: warn, it is told; refuse, the run fails at once if it is serious; off, nobody looks.
+    preflight: Literal["warn", "refuse", "off"] = "warn"
     # The roles, by name: letters, digits, - and _; 40 at most.
     roles: dict[str, Role]
 
