@@ -199,7 +199,7 @@ class Worker:
             with contextlib.suppress(asyncio.TimeoutError):
                 reading = self._loop.run_in_executor(None, tail, launch.log, launch.log_begin)
                 words = await asyncio.wait_for(reading, TAIL_TIMEOUT_S)
-                if launch is self._launch and self._leader is None:
+                if launch is self._launch:  # else it runs again
                     self.view.log_tail = words
         self._standing.tell()
 
