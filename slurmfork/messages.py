@@ -7,6 +7,7 @@ Strict: unknown fields and wrong types are errors. All times are seconds since t
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias, TypeVar
@@ -425,6 +426,9 @@ class Frame(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
 # --- making requests ---------------------------------------------------------------------------------------
 
 
+_NAMES = {"role": "not a role's name", "target": "neither a role nor a worker (role/index)"}
+
+
 def new_request_id() -> str:
     """A request id: what carries it is done once, however often it is sent."""
     return secrets.token_hex(12)
@@ -441,6 +445,10 @@ def fork_request(
     request_id: str | None = None,
 ) -> ForkRequest:
     """A fork request, with an id of its own if none is given; raises UsageError for what the head would refuse."""
+    if command is not None and (isinstance(command, str) or not isinstance(command, Sequence)):
+        raise UsageError(f"command is a list of words, not {command!r}; for a shell it is ['sh', '-c', TEXT]")
+    if env is not None and not isinstance(env, Mapping):
+        raise UsageError(f"env maps names to values; it is not {env!r}")
     return checked(
         ForkRequest(
             role=role,
@@ -458,5 +466,13 @@ def checked(request: R) -> R:
     """A request held to the rules of its type, before anything is sent; raises UsageError."""
     try:
         return msgspec.json.decode(msgspec.json.encode(request), type=type(request))
-    except msgspec.ValidationError as error:
-        raise UsageError(str(error)) from None
+    except (msgspec.ValidationError, TypeError) as error:
+        raise UsageError(_plainly(request, str(error))) from None
+
+
+def _plainly(request: Struct, told: str) -> str:
+    """What is wrong with a name, without the pattern that it does not match."""
+    found = re.search(r"matching regex .* `\$\.(\w+)`$", told)
+    if found is None or found[1] not in _NAMES:
+        return told
+    return f"{getattr(request, found[1])!r} is {_NAMES[found[1]]}"

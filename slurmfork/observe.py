@@ -23,6 +23,7 @@ from slurmfork.rundir import EndRecord, HeadRecord, RunDir, RunRecord
 T = TypeVar("T")
 
 HEAD_TIMEOUT = 3.0
+LATE_WORD = 60.0  # seconds that what a compute node wrote may take to be seen here
 # Slurm knows better than the head, which saw a SIGTERM and no more, why a job was ended.
 SLURM_KNOWS_BETTER = frozenset({RunState.TIMEOUT, RunState.PREEMPTED, RunState.NODE_FAIL})
 
@@ -101,16 +102,17 @@ class Observation:
             scheduler=report.word if report else "",
             age=time.time() - self.record.submitted,
         )
-        if self.end is not None:
-            view = self._saved()
-            self._take_view(status, view, "end")
-            self._take_end(status, self.end, report)
-            return status, _closed(view)
-        view = self._ask_head()
+        view = self._ask_head() if self.end is None else None
         if view is not None:
             self._take_view(status, view, "head")
             return status, view.workers
+        if self.end is None and not self.damage and self._is_over(report):  # since the first look, perhaps
+            self.end, self.head = self._read(self.rundir.end, EndRecord), self._read(self.rundir.head, HeadRecord)
         view = self._saved()
+        if self.end is not None:
+            self._take_view(status, view, "end")
+            self._take_end(status, self.end, report)
+            return status, _closed(view)
         self._take_view(status, view, "saved")
         if self.damage:
             status.state, status.reason = RunState.UNKNOWN, self.damage
@@ -125,6 +127,9 @@ class Observation:
         with client, contextlib.suppress(SlurmforkError):
             return client.status(timeout=HEAD_TIMEOUT)
         return None
+
+    def _is_over(self, report: JobReport | None) -> bool:
+        return (report is not None and report.state in ENDED_STATES) or self.rundir.batch_status.exists()
 
     def _saved(self) -> StatusView | None:
         with contextlib.suppress(RunDirError):
@@ -167,8 +172,25 @@ class Observation:
             status.reason = silent or "the scheduler has not said that it has the job"
         else:
             status.reason = silent or (report.reason if report else "")
+        if status.state is RunState.COMPLETED and self.head is None:
+            self._take_headless(status, (report and report.ended) or _changed(self.rundir.batch_status))
         if status.over and status.exit_status is None and status.state is RunState.FAILED:
             status.exit_status = 1
+
+    def _take_headless(self, status: RunStatus, ended: float) -> None:
+        """A script that ended well and had no head has run nothing; but a network file system may hold it back."""
+        if time.time() - ended < LATE_WORD:
+            status.state, status.exit_status = RunState.STOPPING, None
+            status.reason = "the job is over; the last word of its head is not here yet"
+        else:
+            status.state, status.exit_status = RunState.FAILED, None
+            status.reason = "the batch script ended without having started a head: is there an `exec` in setup?"
+
+
+def _changed(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _batch_status(path: Path) -> int | None:

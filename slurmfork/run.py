@@ -127,6 +127,8 @@ class Run:
         """
         if for_ not in ("ready", "done"):
             raise UsageError(f"wait for 'ready' or 'done', not for {for_!r}")
+        if timeout is not None and not isinstance(timeout, (int, float)):
+            raise UsageError(f"timeout is a number of seconds, or None; not {timeout!r}")
         deadline = None if timeout is None else time.monotonic() + timeout
         for status in self.progress(deadline):
             if status.over or (for_ == "ready" and status.state is RunState.READY):

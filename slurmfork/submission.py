@@ -38,6 +38,10 @@ def submit(
     """
     from slurmfork import plan, render
 
+    if not isinstance(spec, (Spec, str, os.PathLike)):
+        raise UsageError(f"spec is a Spec, or the path of one; not {spec!r}")
+    if isinstance(overrides, str):
+        raise UsageError(f"overrides is a list of key=value, not the text {overrides!r}")
     source = None if isinstance(spec, Spec) else Path(spec)
     spec = _read(spec, overrides, backend)
     secrets = _secrets(spec, os.environ if environment is None else environment)

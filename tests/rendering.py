@@ -54,7 +54,8 @@ want = [signal.Signals[name] for name in os.environ.get("HEAD_AWAITS", "").split
 end = time.monotonic() + 60
 while want and not all(told.count(one) >= want.count(one) for one in want) and time.monotonic() < end:
     time.sleep(0.01)
-sys.exit(int(os.environ.get("HEAD_STATUS", "0")))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})  # a leaving Python forgets its handlers
+os._exit(int(os.environ.get("HEAD_STATUS", "0")))
 """
 SWEEP = """
 import json, os, sys

@@ -292,6 +292,24 @@ def test_fork_and_stop(local: Shell, run_id: str) -> None:
     assert process.identify(children[0]["pid"]) is None
 
 
+def test_ctrl_c_of_a_fork_says_that_it_goes_on(local: Shell, run_id: str) -> None:
+    waits = ["--target", "rollout/0", "--env", "X=1", "--", "sh", "-c", "sleep 1000"]
+    forking = local.start("fork", run_id, "probe", *waits)
+    wait_until(lambda: local.ps(run_id, "probe"), "the fork to be under way")
+    forking.send_signal(signal.SIGINT)
+    _, err = forking.communicate(timeout=60)
+    assert err == f"slurmfork: interrupted; the fork goes on: `slurmfork ps {run_id}` shows how\n"
+    assert forking.returncode == 130
+    assert local.ps(run_id, "probe")[0]["state"] == "starting"
+
+
+def test_what_is_not_a_name_is_said_without_a_pattern(local: Shell, run_id: str) -> None:
+    done = local.call("fork", run_id, "eval/0")
+    assert (done.returncode, done.stderr) == (2, "slurmfork: 'eval/0' is not a role's name\n")
+    done = local.call("stop", run_id, "a/b/c")
+    assert done.stderr == "slurmfork: 'a/b/c' is neither a role nor a worker (role/index)\n"
+
+
 def test_a_fork_of_a_command_of_one_s_own(local: Shell, run_id: str) -> None:
     done = local.call("fork", run_id, "mine", "-T", "rollout/1", "--count", "2", "--", "sleep", "--", "77")
     assert done.returncode == 0, done.stderr

@@ -42,6 +42,7 @@ log = logging.getLogger("slurmfork.head")
 JOIN_TIMEOUT = 600.0  # nodes of cloud clusters boot for minutes
 KILL_WAIT = 30.0  # Slurm's default; what follows SIGTERM must be over before
 LINGER = 10.0
+HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Head:
@@ -84,6 +85,8 @@ class Head:
             task.cancel()
         await self._linger()
         link_server.close()
+        # The loop forgets its handlers when it is closed: a signal that comes then would change the exit status.
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
         return _exit_status(record)
 
     def _assemble(self, expected: int, known: dict[str, str]) -> None:
