@@ -62,7 +62,6 @@ def test_a_fork_on_an_agent_that_hangs_is_refused_in_its_time_and_leaves_nothing
     assert len(children) == 2
 
 
-<<<<<<< HEAD
 SLOW_START = """
     name: slow
     local: {gpus-per-node: 2}
@@ -83,32 +82,6 @@ READY_WHEN_TOLD = (
     "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'READY=1', os.environ['NOTIFY_SOCKET']); "
     "time.sleep(1000)"
 )
-=======
-def test_what_was_not_asked_is_not_said_to_have_refused_to_die(local: Shell) -> None:
-    run_id = local.ready(local.spec(PAIR), "--backend", "local")
-    agent = local.status(run_id)["nodes"][0]["agent_pid"]
-    os.kill(agent, signal.SIGSTOP)
-    try:
-        wait_until(lambda: local.status(run_id)["nodes"][0]["silent"], "the agent to be told silent")
-        done = local.call("stop", run_id, "rollout")
-    finally:
-        os.kill(agent, signal.SIGCONT)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("  rollout/0: not verified: the agent on node local0 did not answer")
-    assert done.stderr.endswith("slurmfork: 1 worker of rollout may still run; try again\n")
-
-
-def test_a_fork_does_not_wait_for_a_head_that_has_gone_silent(local: Shell) -> None:
-    run_id = local.ready(local.spec(PAIR), "--backend", "local")
-    forking = local.start("fork", run_id, "probe")
-    wait_until(lambda: local.ps(run_id, "probe"), "the fork to be under way")
-    with stopped_head(local, run_id):
-        asking = [forking, local.start("stop", run_id, "rollout")]  # one has its connection, one does not get any
-        said = [one.communicate(timeout=60)[1] for one in asking]
-    assert said == [f"slurmfork: the head of run {run_id} does not answer\n"] * 2
-    assert [one.returncode for one in asking] == [1, 1]
-    assert local.status(run_id)["state"] == "ready"
->>>>>>> h1
 
 
 def half_started(local: Shell) -> str:

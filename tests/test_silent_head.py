@@ -49,6 +49,20 @@ def stopped_head(shell: Shell, run_id: str) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
+def test_what_was_not_asked_is_not_said_to_have_refused_to_die(local: Shell) -> None:
+    run_id = local.ready(local.spec(PAIR), "--backend", "local")
+    agent = local.status(run_id)["nodes"][0]["agent_pid"]
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        wait_until(lambda: local.status(run_id)["nodes"][0]["silent"], "the agent to be told silent")
+        done = local.call("stop", run_id, "rollout")
+    finally:
+        os.kill(agent, signal.SIGCONT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("  rollout/0: not verified: the agent on node local0 did not answer")
+    assert done.stderr.endswith("slurmfork: 1 worker of rollout may still run; try again\n")
+
+
 def test_a_fork_does_not_wait_for_a_head_that_has_gone_silent(local: Shell) -> None:
     run_id = local.ready(local.spec(PAIR), "--backend", "local")
     forking = local.start("fork", run_id, "probe")
