@@ -142,6 +142,14 @@ async def test_memory_is_told_where_nvidia_smi_knows_it(
     assert f"pid {holder.pid} (sleep 300), 39.1 GiB, since " in finding.text
 
 
+async def test_what_nvidia_smi_complains_of_is_told(rig: Rig, files: list[Path], tmp_path: Path) -> None:
+    script(tmp_path / "bin", "nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    await rig.agent(devices="0", PATH=path, SLURMFORK_DEVICE_FILES=listed(files))
+    words = "nvidia-smi says: Failed to initialize NVML: Driver/library version mismatch"
+    assert await found(rig, "devices") == [Finding(kind="devices", text=words)]
+
+
 @pytest.mark.slow
 async def test_an_nvidia_smi_that_hangs_is_given_up_and_ended(rig: Rig, files: list[Path], tmp_path: Path) -> None:
     script(tmp_path / "bin", "nvidia-smi", "exec sleep 301")

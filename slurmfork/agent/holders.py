@@ -100,7 +100,9 @@ async def _ask(smi: str, node: Node, starter: Starter) -> tuple[str, list[Findin
         if await loop.run_in_executor(None, killing.wait_gone, [one], SMI_TIMEOUT_S):
             process.send(one, signal.SIGKILL)
             return "", [Finding(kind="devices", text=f"nvidia-smi gave no answer within {SMI_TIMEOUT_S:g} s")]
-        return os.pread(output, 1 << 20, 0).decode(errors="replace"), []
+        text = os.pread(output, 1 << 20, 0).decode(errors="replace").strip()
+        fault = text.partition("\n")[0][:200] if text and not apps(text) else ""
+        return text, [Finding(kind="devices", text=f"nvidia-smi says: {fault}")] if fault else []
     finally:
         os.close(output)
 
