@@ -32,7 +32,8 @@ class RunStatus(msgspec.Struct, kw_only=True):
     """A run as `status` shows it.
 
     ``source`` says whose word this is (``end``, ``head``, ``saved``, ``scheduler``, ``submit``) and ``age`` how
-    many seconds old it is. ``scheduler`` is the scheduler's own word for the job, where it was asked.
+    many seconds old it is. ``scheduler`` is the scheduler's own word for the job, where it was asked. ``attempt``
+    counts how often it was requeued.
     """
 
     run_id: str
@@ -55,6 +56,7 @@ class RunStatus(msgspec.Struct, kw_only=True):
     ready: float | None = None
     ended: float | None = None
     run_dir: str = ""
+    attempt: int = 0
 
     @property
     def over(self) -> bool:
@@ -101,6 +103,7 @@ class Observation:
             run_dir=str(self.rundir.path),
             scheduler=report.word if report else "",
             age=time.time() - self.record.submitted,
+            attempt=self.head.attempt if self.head else 0,
         )
         view = self._ask_head() if self.end is None else None
         if view is not None:
@@ -148,7 +151,10 @@ class Observation:
         status.state, status.reason, status.exit_status = end.state, end.reason, end.exit_status
         status.survivors, status.unverified, status.ended = end.survivors, end.unverified, end.ended
         status.source, status.age = "end", max(0.0, time.time() - end.ended)
-        if end.outside and report and report.state in SLURM_KNOWS_BETTER:
+        if end.outside and report and self.record.requeue and report.state is RunState.PENDING:
+            status.state, status.source, status.ended = RunState.PENDING, "scheduler", None
+            status.reason = f"requeued: {report.reason}" if report.reason else "requeued"
+        elif end.outside and report and report.state in SLURM_KNOWS_BETTER:
             status.state = report.state
             status.reason = f"Slurm ended the job: {report.word}"
 

@@ -222,6 +222,8 @@ class Run:
         changes nothing.
         """
         if end := self._end():
+            if self.record.requeue and end.outside and self.job is not None:  # Slurm may have it in its queue again
+                self.backend.cancel(self.rundir, self.job, END_MARGIN)
             return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
         reply = self._ask_head_to_cancel(checked(CancelRequest(reason=reason)))
         if reply is None:
@@ -234,7 +236,7 @@ class Run:
         except BackendError as error:
             reply.notes.append(f"the job could not be cancelled, and ends by itself: {error}")
         else:
-            self._await_file(self.rundir.batch_status, END_PATIENCE)
+            self._await_end(END_PATIENCE)
         return reply
 
     def _end(self) -> EndRecord | None:
@@ -281,6 +283,7 @@ class Run:
             ended=time.time(),
         )
         self.rundir.write_record(self.rundir.end, record)  # no head is there that could
+        self.rundir.secrets.unlink(missing_ok=True)
         return CancelReply(
             state=record.state,
             survivors=record.survivors,
@@ -296,9 +299,10 @@ class Run:
             return not self.rundir.batch_log.exists()
         return self.backend.ended(self.rundir, self.job)
 
-    def _await_file(self, path: Path, patience: float) -> None:
+    def _await_end(self, patience: float) -> None:
+        """Wait for the batch script: what it sweeps belongs to the cancel."""
         until = time.monotonic() + patience
-        while not path.exists() and time.monotonic() < until:
+        while not self._job_is_over() and time.monotonic() < until:
             time.sleep(POLL)
 
     @contextmanager

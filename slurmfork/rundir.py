@@ -37,6 +37,7 @@ class RunRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     job_id: str | None = None
     cluster: str | None = None
     nodes: int | None = None
+    requeue: bool = False
 
 
 class HeadRecord(msgspec.Struct, kw_only=True, omit_defaults=True):

@@ -65,6 +65,7 @@ def submit(
         cwd=str(Path.cwd()),
         user=getpass.getuser(),
         nodes=asked.nodes,
+        requeue=spec.requeue and spec.backend == "slurm",
     )
     _fill(directory, spec, script, record, secrets, source)
     try:

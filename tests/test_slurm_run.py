@@ -311,3 +311,35 @@ def test_a_dead_agent_ends_the_run_and_leaves_nothing(shell: Shell) -> None:
     assert shell.status(run_id)["state"] == "failed"
     assert node["node"] in shell.status(run_id)["reason"]
     wait_until(lambda: shell.left(run_id) == [], "everything to be gone")
+
+
+REQUEUED = """
+    name: requeued
+    requeue: true
+    slurm: {time: 2}
+    roles:
+      w:
+        checkpoint: {signal: USR1, before: 30}
+        stop: {grace: 1}
+        command: [bash, -c, "trap 'echo saved $SLURMFORK_ATTEMPT' USR1; while :; do sleep 0.2; done"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_comes_back_after_its_time_limit(shell: Shell, cluster: MiniCluster) -> None:
+    """Its workers are warned, it is requeued, and the next attempt is the same run."""
+    run_id = shell.ready(shell.spec(REQUEUED))
+    job_id = shell.status(run_id)["job_id"]
+    first = shell.ps(run_id)[0]["pid"]
+    log = shell.root / run_id / "logs" / "w-0.log"
+    wait_until(lambda: "saved 0" in log.read_text(), "the warning", timeout=180)
+    wait_until(lambda: slurm_state(cluster, job_id) == "PENDING", "the job to be requeued", timeout=120)
+    assert shell.status(run_id)["state"] == "pending"
+    cluster.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
+    assert shell.call("wait", run_id, "--for", "ready").returncode == 0
+    status = shell.status(run_id)
+    assert (status["state"], status["attempt"], status["job_id"]) == ("ready", 1, job_id)
+    assert shell.ps(run_id)[0]["pid"] != first
+    cluster.run(["scancel", "--batch", "--signal=USR1", job_id])  # a preemption's warning comes at any time
+    wait_until(lambda: "saved 1" in log.read_text(), "the second attempt to be warned")

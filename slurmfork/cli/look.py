@@ -87,6 +87,7 @@ def _detail(one: RunStatus, workers: list[WorkerView]) -> None:
         ("exit status", one.exit_status),
         ("job", f"{one.backend} {one.job_id or '(none)'}"),
         ("submitted", f"{output.since(one.submitted)} ago"),
+        ("attempt", one.attempt + 1 if one.attempt else ""),
         ("workers", _counts(one)),
         ("left behind", _left(one)),
         ("directory", one.run_dir),
