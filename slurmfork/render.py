@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).with_name("templates")
 _OURS = {"slurm": "sbatch.sh.j2", "local": "local.sh.j2"}
 _END = "END_OF_SETUP"
+EPILOG_GRACE_S = 2
+EPILOG_LIMIT_S = 20
 
 
 def render(
@@ -71,6 +73,12 @@ def render(
     if not text.startswith("#!"):
         raise SpecError([Problem("the script that it makes does not begin with #!, as Slurm wants it", file=str(own))])
     return text
+
+
+def epilog(*, python: str, package: Path) -> str:
+    """The script that a site may have Slurm run on each node at the end of each job."""
+    values = {"python": python, "package": package, "grace": EPILOG_GRACE_S, "limit": EPILOG_LIMIT_S}
+    return _environment(None).get_template("epilog.sh.j2").render(values)
 
 
 class Unfit(ValueError):

@@ -15,6 +15,7 @@ from slurmfork.userdir import user_directory
 
 _LONGEST_BASE = 48  # with what programs add below TMPDIR, a Unix socket's path stays within its 107 bytes
 _LONGEST_NAME = 24
+_MARK = "whose"
 
 
 def node_directory(run_id: str, node: str) -> Path:
@@ -43,6 +44,12 @@ class Scratch:
             self._lock = _lock(self.path / "lock")
         except OSError as error:
             raise RunDirError(f"cannot make {error.filename}: {error.strerror}") from None
+
+    def mark(self, job_id: str, run_dir: Path, node: str) -> None:
+        """Say whose it is, for a sweep that knows no more than a job; see ``of_job``."""
+        descriptor = os.open(self.path / _MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(f"{job_id}\n{node}\n{run_dir}")
 
     @property
     def socket(self) -> Path:
@@ -73,6 +80,17 @@ class Scratch:
                 return None
             return aside
         return None
+
+
+def of_job(job_id: str) -> list[tuple[Path, str]]:
+    """Run directory and node of each run of a Slurm job whose agents have, or left, a directory on this host."""
+    found = []
+    for place in user_directory().iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            marked, node, run_dir = (place / _MARK).read_text().split("\n", 2)
+            if marked == job_id:
+                found.append((Path(run_dir), node))
+    return found
 
 
 def _lock(path: Path) -> int:

@@ -1,8 +1,8 @@
 """The sweep: what is left of a run on this machine is found by journal and by tag, and ended from outside.
 
-``python -I .../sweep.py --run-dir DIR [--node N] [--grace S]`` prints a report as JSON; the batch script's
-exit trap, ``cancel``, ``clean`` and an epilog use it. It believes nothing that somebody else could have
-written, and never touches its caller or the processes above it.
+``python -I .../sweep.py --run-dir DIR [--node N] [--grace S]`` prints a report as JSON; the batch script's exit trap,
+the head, ``cancel`` and ``clean`` use it, and with ``--job ID`` in place of a directory an epilog. It believes nothing
+that somebody else could have written, and never touches its caller or the processes above it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from slurmfork.errors import RunDirError, SlurmforkError, UsageError
 from slurmfork.killing import end_all
 from slurmfork.process import Identity, alive, ancestors, boot_id, describe, owner, walk, walk_tagged
 from slurmfork.rundir import RunDir, RunRecord
-from slurmfork.scratch import remove_left
+from slurmfork.scratch import of_job, remove_left
 from slurmfork.shm import remove_named
 
 BOUND_S = 10.0
@@ -148,13 +148,12 @@ def _job_id(rundir: Path) -> str | None:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sweep", description="End what is left of a run on this machine.")
-    parser.add_argument("--run-dir", type=Path, required=True, help="the run directory; its name is the run id")
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--run-dir", type=Path, help="the run directory; its name is the run id")
+    whose.add_argument("--job", help="the Slurm job whose runs' agents were on this host")
     parser.add_argument("--node", help="only this node's processes")
     parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds between SIGTERM and SIGKILL")
     options = parser.parse_args(arguments)
-    options.run_dir = options.run_dir.absolute()
-    if not names.RUN_ID_PATTERN.fullmatch(options.run_dir.name):
-        raise UsageError(f"{options.run_dir} is no run directory: its name is no run id")
     if options.node is not None and not names.NODE_PATTERN.fullmatch(options.node):
         raise UsageError(f"{options.node!r} is no name of a node")
     if not 0 <= options.grace <= MAX_GRACE_S:
@@ -163,15 +162,23 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Sweep and print the report; 1 if anything survived."""
+    """Sweep and print a report for each run; 1 if anything survived."""
     try:
         options = _options(arguments)
-        report = sweep(options.run_dir, run_id=options.run_dir.name, node=options.node, grace=options.grace)
+        runs = [(options.run_dir.absolute(), options.node)] if options.run_dir else of_job(options.job)
+        survived = [_sweep(run_dir, node, options.grace) for run_dir, node in runs]
     except SlurmforkError as error:
         print(f"slurmfork: {error}", file=sys.stderr)
         return error.exit_code
-    print(msgspec.json.encode(report).decode())
-    return 1 if report.survivors else 0
+    return 1 if any(survived) else 0
+
+
+def _sweep(run_dir: Path, node: str | None, grace: float) -> bool:
+    if not names.RUN_ID_PATTERN.fullmatch(run_dir.name):
+        raise UsageError(f"{run_dir} is no run directory: its name is no run id")
+    report = sweep(run_dir, run_id=run_dir.name, node=node, grace=grace)
+    print(msgspec.json.encode(report).decode(), flush=True)
+    return bool(report.survivors)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from slurmfork.errors import RunDirError
 from slurmfork.journal import MAX_LINE, Ended, Journal, Record, Seen, Started
 from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, RunRecord
+from slurmfork.scratch import Scratch, remove
 
 NOBODY = 65534
 SCRIPT = Path(sweep.__file__)
@@ -346,3 +347,17 @@ def test_a_directory_of_no_run_is_refused_in_one_line(yard: Yard, rundir: RunDir
     done = call("--run-dir", str(rundir.path))
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_by_job_it_finds_the_runs_of_this_host(yard: Yard, tmp_path: Path) -> None:
+    """As an epilog has it: nothing is known but the job."""
+    place = Scratch(yard.run_id, yard.node)
+    place.mark("4711", tmp_path / yard.run_id, yard.node)
+    RunDir(tmp_path / yard.run_id).make()
+    yard.start("plain")
+    assert call("--job", "4712").stdout == ""
+    assert len(yard.living()) == 1
+    done = call("--job", "4711", "--grace", "0.1")
+    assert (done.returncode, len(json.loads(done.stdout)["killed"])) == (0, 1), done.stderr
+    assert yard.living() == []
+    remove(place.path)  # this process held it, as an agent does

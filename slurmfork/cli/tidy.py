@@ -33,7 +33,8 @@ def clean(run: str | None, every: bool, root: str | None, as_json: bool) -> int:
     if (run is None) != every:
         raise UsageError("say which run to clean, or --all")
     found = [Run.load(run, root)] if run is not None else Run.all(root)
-    over = [one for one, (status, _) in zip(found, statuses(found), strict=True) if _is_over(status, skip=every)]
+    judged = zip(found, statuses(found), strict=True)
+    over = [one for one, (status, _) in judged if _is_over(one, status, skip=every)]
     swept: dict[str, Aftermath] = {}
     failed: dict[str, SlurmforkError] = {}
     for one in over:
@@ -54,11 +55,16 @@ def clean(run: str | None, every: bool, root: str | None, as_json: bool) -> int:
     return 1 if failed or any(after.survivors or after.unverified for after in swept.values()) else 0
 
 
-def _is_over(status: RunStatus, *, skip: bool) -> bool:
+def _is_over(run: Run, status: RunStatus, *, skip: bool) -> bool:
     """Whether a run is over; one that was named and is not is refused."""
-    if not status.over and not skip:
-        raise Refused(f"{status.run_id} is {status.state}; cancel it first", "not_over")
-    return status.over
+    if status.over:
+        return True
+    if skip:
+        return False
+    # Its head is silent, and the scheduler's word may be some seconds old: that is worth asking anew.
+    if status.source != "head" and run.job is not None and run.backend.ended(run.rundir, run.job):
+        return True
+    raise Refused(f"{status.run_id} is {status.state}; cancel it first", "not_over")
 
 
 def _document(swept: dict[str, Aftermath], failed: dict[str, SlurmforkError]) -> dict[str, Any]:
