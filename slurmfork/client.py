@@ -28,10 +28,13 @@ from slurmfork.messages import (
     Event,
     ForkReply,
     ForkRequest,
+    Health,
+    SignalReply,
     SignalRequest,
     StatusView,
     StopReply,
     StopRequest,
+    WorkersReply,
     WorkerView,
 )
 
@@ -72,9 +75,9 @@ class Client:
 
     # --- verbs
 
-    def health(self, timeout: float = READ_TIMEOUT) -> dict[str, Any]:
+    def health(self, timeout: float = READ_TIMEOUT) -> Health:
         """GET /v1/health."""
-        return self._ask("GET", "/v1/health", None, dict[str, Any], timeout=timeout)
+        return self._ask("GET", "/v1/health", None, Health, timeout=timeout)
 
     def status(self, *, workers: bool = True, timeout: float = READ_TIMEOUT) -> StatusView:
         """GET /v1/status."""
@@ -82,7 +85,7 @@ class Client:
 
     def workers(self) -> list[WorkerView]:
         """GET /v1/workers."""
-        return self._ask("GET", "/v1/workers", None, dict[str, list[WorkerView]])["workers"]
+        return self._ask("GET", "/v1/workers", None, WorkersReply).workers
 
     def fork(self, request: ForkRequest) -> ForkReply:
         """POST /v1/fork; returns when the children are up. Refused.detail lists the workers that failed."""
@@ -95,7 +98,7 @@ class Client:
 
     def signal(self, request: SignalRequest) -> list[str]:
         """POST /v1/signal; the names of the workers that were signalled."""
-        return self._ask("POST", "/v1/signal", request, dict[str, list[str]])["signalled"]
+        return self._ask("POST", "/v1/signal", request, SignalReply).signalled
 
     def cancel(self, request: CancelRequest) -> CancelReply:
         """POST /v1/cancel; returns when nothing of the run is left on any node that could be asked."""

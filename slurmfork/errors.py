@@ -82,3 +82,8 @@ class Refused(SlurmforkError):
 
 class StillAlive(SlurmforkError):
     """A stop or a cancel left processes alive; the message names them."""
+
+
+def one_line(text: str) -> str:
+    """Text that may be anything, as one printable line."""
+    return " ".join("".join(char if char.isprintable() or char.isspace() else "?" for char in text).split())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
@@ -24,6 +25,7 @@ MAX_FRAME = 64 * 1024 * 1024  # a plan of thousands of workers with their enviro
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Frame)
 
+_SILENCE_S = 20
 Handler = Callable[[str, msgspec.Raw], Awaitable[Any]]
 
 
@@ -58,6 +60,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the event loop."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is of no class of asyncio's
+        _notice_silence(self.fact("socket"))
         self._made()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -151,3 +154,13 @@ class Link(asyncio.Protocol):
         if frame.id and not self.closed:
             answer.id = frame.id
             self._send(answer)
+
+
+def _notice_silence(raw: socket.socket) -> None:
+    """A machine that is gone sends nothing any more: let the kernel find out in seconds, not hours."""
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S // 2)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _SILENCE_S // 4)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from slurmfork import names
 from slurmfork.errors import UsageError
@@ -142,7 +142,38 @@ class CancelRequest(Strict, kw_only=True):
     reason: Annotated[str, Meta(pattern=r"^[^\x00]*\Z", max_length=500)] = ""
 
 
+class NoQuery(Strict, kw_only=True):
+    """The query of what takes none."""
+
+
+class StatusQuery(Strict, kw_only=True):
+    """The query of GET /v1/status."""
+
+    workers: Annotated[bool, Meta(description="Whether to list the workers.")] = True
+
+
+class WorkersQuery(Strict, kw_only=True):
+    """The query of GET /v1/workers."""
+
+    role: Annotated[Name, Meta(description="Only the workers of this role.")] | UnsetType = UNSET
+
+
+class EventsQuery(Strict, kw_only=True):
+    """The query of GET /v1/events. ``follow`` is the head's to serve: an agent has what there is by now."""
+
+    since: Annotated[int, Meta(ge=0, le=2**63 - 1, description="Only events with a greater number.")] = 0
+    follow: Annotated[bool, Meta(description="Also those to come, as they happen, one JSON document a line.")] = False
+
+
 # --- API replies -------------------------------------------------------------------------------------------
+
+
+class Health(Struct, kw_only=True):
+    """The head is there."""
+
+    ok: bool
+    run_id: str
+    state: names.RunState
 
 
 class NodeView(Struct, kw_only=True):
@@ -188,6 +219,12 @@ class StatusView(Struct, kw_only=True):
     ready: float | None = None
 
 
+class WorkersReply(Struct, kw_only=True):
+    """Workers, by role and index."""
+
+    workers: list[WorkerView]
+
+
 class ForkReply(Struct, kw_only=True):
     """The children of a fork, all of them up."""
 
@@ -200,6 +237,18 @@ class StopReply(Struct, kw_only=True):
     stopped: list[str]
     survivors: int
     results: list[StopResult] = field(default_factory=list)
+
+
+class SignalReply(Struct, kw_only=True):
+    """The names of the workers that were signalled."""
+
+    signalled: list[str]
+
+
+class PortsReply(Struct, kw_only=True):
+    """The ports that were reserved."""
+
+    ports: list[int]
 
 
 class CancelReply(Struct, kw_only=True):
@@ -235,6 +284,12 @@ class Event(Struct, kw_only=True, omit_defaults=True):
     message: str = ""
 
 
+class EventsReply(Struct, kw_only=True):
+    """Events, the oldest first."""
+
+    events: list[Event]
+
+
 # --- link: agent <-> head ----------------------------------------------------------------------------------
 
 
@@ -259,12 +314,25 @@ class Welcome(Strict, kw_only=True):
 
     ``lease``: seconds for which an agent that lost its link tries to get it back, before it stops everything.
     ``address``: what the head knows of the node's own address (Slurm's NodeAddr), empty where it knows none.
+    ``time``: what the head's clock says.
     """
 
     run_id: str
     heartbeat: float = 10.0
     lease: float = 5.0
     address: str = ""
+    time: float | None = None
+
+
+class Finding(Strict, kw_only=True):
+    """Agent to head, in answer to ``preflight``: something on its node that is not as a run would have it.
+
+    ``kind``: devices, leftovers, scratch, shm, or clock. ``serious``: with `preflight: refuse` the run fails of it.
+    """
+
+    kind: str
+    text: str
+    serious: bool = False
 
 
 class StartOrder(Strict, kw_only=True):
@@ -333,6 +401,7 @@ class ApiAnswer(Strict, kw_only=True):
 
     status: int
     body: str
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Going(Strict, kw_only=True):

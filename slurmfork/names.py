@@ -69,6 +69,9 @@ PORTS = "SLURMFORK_PORTS"
 AGENT = "SLURMFORK_AGENT"
 TARGET = "SLURMFORK_TARGET"
 HEAD = "SLURMFORK_HEAD"
+ATTEMPT = "SLURMFORK_ATTEMPT"
+KILL_WAIT = "SLURMFORK_KILL_WAIT"
+DEVICE_FILES = "SLURMFORK_DEVICE_FILES"
 # What a worker is told of itself by other names: a run that it submits must not take it for its own.
 WORKERS_OWN = frozenset(
     {

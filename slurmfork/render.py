@@ -54,7 +54,7 @@ def render(
         "setup_end": _end_of(spec.setup),
     }
     try:
-        return _environment(own).get_template(str(own) if own else _OURS[spec.backend]).render(values)
+        text = _environment(own).get_template(str(own) if own else _OURS[spec.backend]).render(values)
     except jinja2.TemplateNotFound as error:
         wanted = str(error.name)
         file = str(own) if own and wanted != str(own) else None
@@ -67,6 +67,10 @@ def render(
         file, line = _place(error)
         words = str(error) if isinstance(error, (jinja2.TemplateError, Unfit)) else f"{type(error).__name__}: {error}"
         raise SpecError([Problem(words, line=line, file=file)]) from None
+    text = text.lstrip()  # what stands before a template's {% extends %} comes out too, a blank line mostly
+    if not text.startswith("#!"):
+        raise SpecError([Problem("the script that it makes does not begin with #!, as Slurm wants it", file=str(own))])
+    return text
 
 
 class Unfit(ValueError):

@@ -133,6 +133,16 @@ class RunDir:
         return self.path / "end.json"
 
     @property
+    def requeued(self) -> Path:
+        """There while the job of a run that ended is in the queue again."""
+        return self.path / "requeued"
+
+    @property
+    def sweeps(self) -> Path:
+        """sweep.jsonl, a report for each sweep that was run at the end."""
+        return self.path / "sweep.jsonl"
+
+    @property
     def credentials(self) -> Path:
         return self.path / "credentials"
 

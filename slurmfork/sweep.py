@@ -11,6 +11,7 @@ import argparse
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,10 @@ import msgspec
 from slurmfork import journal, names
 from slurmfork.errors import RunDirError, SlurmforkError, UsageError
 from slurmfork.killing import end_all
-from slurmfork.process import Identity, alive, ancestors, describe, owner, walk, walk_tagged
+from slurmfork.process import Identity, alive, ancestors, boot_id, describe, owner, walk, walk_tagged
 from slurmfork.rundir import RunDir, RunRecord
+from slurmfork.scratch import remove_left
+from slurmfork.shm import remove_named
 
 BOUND_S = 10.0
 DEFAULT_GRACE_S = 5.0
@@ -33,8 +36,14 @@ MAX_GRACE_S = 3600
 
 @dataclass
 class SweepReport:
-    """What was ended, and what would not die, each in words; ``notes`` says what could not be looked at."""
+    """What was ended, and what would not die, each in words; ``notes`` says what could not be looked at.
 
+    ``node`` (None: all that this machine was) and ``boot_id`` say where, ``time`` (since the epoch) when.
+    """
+
+    node: str | None = field(default=None, compare=False)
+    boot_id: str = field(default_factory=boot_id, compare=False)
+    time: float = field(default_factory=time.time, compare=False)
     killed: list[str] = field(default_factory=list)
     survivors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -54,7 +63,7 @@ def sweep(
     ``node``: only what belongs to that node of the run. The caller, its ancestors and the PIDs in ``spare``
     are left alone. Raises RunDirError where the run directory is not this user's own.
     """
-    report = SweepReport()
+    report = SweepReport(node=node)
     recorded = list(_recorded(rundir, node, report.notes))
     # Whatever was found once: when its parent has ended nothing else may lead to it.
     known = {one: None for one in recorded if owner(one.pid) == os.geteuid() and alive(one)}
@@ -71,6 +80,10 @@ def sweep(
     outcome = end_all(find, grace=grace, bound=bound)
     report.killed = outcome.ended
     report.survivors = [describe(one) for one in outcome.survivors]
+    if not report.survivors:
+        for name in [node] if node else [path.stem for path in _journals(rundir, None, [])]:
+            remove_left(run_id, name)
+        remove_named(run_id)
     return report
 
 

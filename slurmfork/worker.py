@@ -19,10 +19,12 @@ from slurmfork.errors import Refused, Unreachable, UsageError
 from slurmfork.messages import (
     ErrorReply,
     ForkReply,
+    PortsReply,
     PortsRequest,
     StatusView,
     StopReply,
     StopRequest,
+    WorkersReply,
     WorkerView,
     checked,
     fork_request,
@@ -124,7 +126,7 @@ class CurrentWorker:
         if count == 0:
             return [int(port) for port in self._environment.get(names.PORTS, "").split(",") if port]
         request = checked(PortsRequest(worker=self.name, count=count))
-        return self._ask("POST", "/v1/ports", request, dict[str, list[int]])["ports"]
+        return self._ask("POST", "/v1/ports", request, PortsReply).ports
 
     def status(self) -> StatusView:
         """The whole run as its head sees it."""
@@ -132,7 +134,7 @@ class CurrentWorker:
 
     def workers(self, role: str | None = None) -> list[WorkerView]:
         """All workers of the run, or of one role."""
-        views = self._ask("GET", "/v1/workers", None, dict[str, list[WorkerView]])["workers"]
+        views = self._ask("GET", "/v1/workers", None, WorkersReply).workers
         return [view for view in views if role in (None, view.role)]
 
     def ready(self, status: str = "") -> bool:

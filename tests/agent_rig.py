@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from slurmfork import credentials, process
-from slurmfork.agent.scratch import node_directory
 from slurmfork.link import Link
 from slurmfork.messages import (
     ApiAnswer,
@@ -39,6 +38,7 @@ from slurmfork.messages import (
 from slurmfork.names import WorkerState
 from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, new_run_id
+from slurmfork.scratch import node_directory
 
 T = TypeVar("T")
 
@@ -185,8 +185,10 @@ class Rig:
         self._requests += 1
         body = StartOrder(request_id=request or f"start-{self._requests}", orders=list(orders))
         views = await self.ask("start", body, list[WorkerView], node)
-        for view in views:
-            self.agents[node].views.setdefault(view.worker, view)
+        known = self.agents[node].views
+        for view in views:  # a notice may have overtaken the answer
+            if view.worker not in known or known[view.worker].state is WorkerState.PENDING:
+                known[view.worker] = view
         return views
 
     async def stop(

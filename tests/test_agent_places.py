@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from slurmfork.agent.ports import Ports, port_range
-from slurmfork.agent.scratch import Scratch, node_directory, private_directory, remove
 from slurmfork.backends.queue import shared_directory
 from slurmfork.errors import Refused, RunDirError
 from slurmfork.rundir import new_run_id
+from slurmfork.scratch import Scratch, node_directory, private_directory, remove
 from slurmfork.userdir import user_directory
 
 FEW = range(21_000, 21_012)

@@ -2,51 +2,13 @@
 
 from __future__ import annotations
 
-import http.server
-import json
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 
-import pytest
 from processes import wait_until
-from running import Shell, command_of, environ_of
+from running import Shell, command_of
 
-from slurmfork import credentials, process
-from slurmfork import run as runs
-from slurmfork.run import Run
-
-PAIR = """
-    name: pair
-    local: {gpus-per-node: 1}
-    roles:
-      rollout: {gpus: 1, stop: {grace: 1}, command: [sleep, "1000"]}
-      probe:
-        strategy: {type: colocation, target: rollout}
-        autostart: false
-        ready: {notify: true, timeout: 100}
-        stop: {grace: 1}
-        command: [sleep, "1001"]
-"""
-
-
-def head_pid(shell: Shell, run_id: str) -> int:
-    pid: int = json.loads((shell.root / run_id / "head.json").read_text())["pid"]
-    return pid
-
-
-@contextmanager
-def stopped_head(shell: Shell, run_id: str) -> Iterator[None]:
-    """The head of a run says nothing meanwhile."""
-    pid = head_pid(shell, run_id)
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
+from slurmfork.scratch import node_directory
 
 
 def test_a_failure_that_is_ignored_holds_up_nothing(local: Shell) -> None:
@@ -61,6 +23,12 @@ def test_a_failure_that_is_ignored_holds_up_nothing(local: Shell) -> None:
     run_id = local.ready(spec, "--backend", "local")
     states = {view["worker"]: (view["state"], view["exit_status"]) for view in local.ps(run_id)}
     assert states == {"flaky/0": ("failed", 3), "steady/0": ("running", None)}
+
+
+def agent_on(local: Shell, run_id: str, node: str) -> int:
+    """The PID of a node's agent."""
+    pid: int = next(view["agent_pid"] for view in local.status(run_id)["nodes"] if view["node"] == node)
+    return pid
 
 
 def test_a_fork_on_an_agent_that_hangs_is_refused_in_its_time_and_leaves_nothing(local: Shell) -> None:
@@ -78,7 +46,7 @@ def test_a_fork_on_an_agent_that_hangs_is_refused_in_its_time_and_leaves_nothing
         """
     )
     run_id = local.ready(spec, "--backend", "local")
-    agent = next(node["agent_pid"] for node in local.status(run_id)["nodes"] if node["node"] == "local1")
+    agent = agent_on(local, run_id, "local1")
     os.kill(agent, signal.SIGSTOP)
     try:
         done = local.call("fork", run_id, "eval", "--timeout", "1")
@@ -94,113 +62,182 @@ def test_a_fork_on_an_agent_that_hangs_is_refused_in_its_time_and_leaves_nothing
     assert len(children) == 2
 
 
-def test_what_was_not_asked_is_not_said_to_have_refused_to_die(local: Shell) -> None:
-    run_id = local.ready(local.spec(PAIR), "--backend", "local")
-    agent = local.status(run_id)["nodes"][0]["agent_pid"]
-    os.kill(agent, signal.SIGSTOP)
-    try:
-        wait_until(lambda: local.status(run_id)["nodes"][0]["silent"], "the agent to be told silent")
-        done = local.call("stop", run_id, "rollout")
-    finally:
-        os.kill(agent, signal.SIGCONT)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("  rollout/0: not verified: the agent on node local0 did not answer")
-    assert done.stderr.endswith("slurmfork: 1 worker of rollout may still run; try again\n")
+SLOW_START = """
+    name: slow
+    local: {gpus-per-node: 2}
+    roles:
+      rollout:
+        replicas: 2
+        gpus: 1
+        ready: {notify: true}
+        command: [python3, -c, "%s"]
+      reference:
+        strategy: {type: colocation, target: rollout}
+        command: [sleep, "1001"]
+"""
+READY_WHEN_TOLD = (
+    "import os, socket, time; "
+    "gate = os.path.join(os.environ['SLURMFORK_RUN_DIR'], 'gate'); "
+    "[time.sleep(0.02) for _ in iter(lambda: os.environ['RANK'] == '0' or os.path.exists(gate), True)]; "
+    "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'READY=1', os.environ['NOTIFY_SOCKET']); "
+    "time.sleep(1000)"
+)
 
 
-def test_a_fork_does_not_wait_for_a_head_that_has_gone_silent(local: Shell) -> None:
-    run_id = local.ready(local.spec(PAIR), "--backend", "local")
-    forking = local.start("fork", run_id, "probe")
-    wait_until(lambda: local.ps(run_id, "probe"), "the fork to be under way")
-    with stopped_head(local, run_id):
-        asking = [forking, local.start("stop", run_id, "rollout")]  # one has its connection, one does not get any
-        said = [one.communicate(timeout=60)[1] for one in asking]
-    assert said == [f"slurmfork: the head of run {run_id} does not answer\n"] * 2
-    assert [one.returncode for one in asking] == [1, 1]
-    assert local.status(run_id)["state"] == "ready"
+def half_started(local: Shell) -> str:
+    """A run of which rollout/0 is ready, and reference waits for rollout/1."""
+    run_id = local.submit(local.spec(SLOW_START % READY_WHEN_TOLD), "--backend", "local")
+    wait_until(lambda: states(local, run_id).get("rollout/0") == "ready", "rollout/0 to be ready")
+    assert states(local, run_id)["reference/1"] == "pending"
+    return run_id
 
 
-def test_a_cancel_has_a_stopped_head_go_on_and_end_in_order(local: Shell) -> None:
-    run_id = local.ready(local.spec(PAIR), "--backend", "local")
-    with stopped_head(local, run_id):
-        done = local.call("cancel", run_id)
-    assert (done.returncode, done.stdout) == (0, f"{run_id}: cancelled, 0 survivors\n"), done.stderr
-    assert "ended from outside" in local.status(run_id)["reason"]
+def states(local: Shell, run_id: str) -> dict[str, str]:
+    return {view["worker"]: view["state"] for view in local.ps(run_id)}
 
 
-def test_a_head_that_nothing_moves_is_killed_and_its_agents_are_swept(
-    local: Shell, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_id = local.ready(local.spec(PAIR), "--backend", "local")
-    script, head = process.identify(int(local.status(run_id)["job_id"])), process.identify(head_pid(local, run_id))
-    assert script
-    assert head
-    over = threading.Event()
-
-    def keep_it_stopped() -> None:
-        while not over.wait(0.002):
-            process.send(head, signal.SIGSTOP)
-
-    keeper = threading.Thread(target=keep_it_stopped)
-    keeper.start()
-    monkeypatch.setattr(runs, "END_MARGIN", 1.0)
-    try:
-        reply = Run.load(run_id, local.root).cancel()
-    finally:
-        over.set()
-        keeper.join()
-    assert (reply.state, reply.survivors, reply.unverified) == ("cancelled", 0, [])
-    assert (process.alive(script), process.alive(head), local.left(run_id)) == (False, False, [])
-    assert local.status(run_id)["state"] == "cancelled"
+def open_gate(local: Shell, run_id: str) -> None:
+    (local.root / run_id / "gate").touch()
+    assert local.call("wait", run_id, "--for", "ready").returncode == 0
 
 
-def test_a_secret_and_what_a_worker_is_told_of_itself_stay_out_of_the_batch_script(local: Shell) -> None:
-    local.env |= {"MYSECRET": "x", "SLURMFORK_WORKER": "outer/3", "RANK": "3", "TMPDIR": str(local.directory)}
-    run_id = local.ready(local.spec(PAIR + "    secrets: [MYSECRET]\n"), "--backend", "local")
-    [node] = local.status(run_id)["nodes"]
-    for pid in (int(local.status(run_id)["job_id"]), head_pid(local, run_id), node["agent_pid"]):
-        assert not {"MYSECRET", "SLURMFORK_WORKER", "RANK", "TMPDIR"} & environ_of(pid).keys()
-    seen = environ_of(local.ps(run_id)[0]["pid"])
-    assert (seen["MYSECRET"], seen["RANK"]) == ("x", "0")
+def test_a_role_that_is_about_to_start_is_not_forked(local: Shell) -> None:
+    run_id = half_started(local)
+    done = local.call("fork", run_id, "reference", "--target", "rollout/0")
+    assert done.returncode == 1
+    assert "role reference is about to start" in done.stderr
+    open_gate(local, run_id)
+    assert set(states(local, run_id).values()) == {"ready", "running"}
 
 
-class Faulty(http.server.BaseHTTPRequestHandler):
-    """A head with a fault, whatever it is asked."""
-
-    def do_POST(self) -> None:
-        answer = b'{"error": "fault in the head: ValueError: x", "kind": "internal"}'
-        self.send_response(500)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
+def test_a_role_that_is_stopped_before_its_turn_does_not_start(local: Shell) -> None:
+    run_id = half_started(local)
+    local.json("stop", run_id, "reference")
+    open_gate(local, run_id)
+    assert {state for name, state in states(local, run_id).items() if name.startswith("reference")} == {"stopped"}
 
 
-def test_a_head_with_a_fault_does_not_keep_the_job_from_being_cancelled(local: Shell) -> None:
-    run_id = local.ready(local.spec(PAIR), "--backend", "local")
-    record = local.root / run_id / "head.json"
-    with http.server.HTTPServer(("127.0.0.1", 0), Faulty) as faulty:
-        faulty.socket = credentials.server_context(record.parent / "credentials").wrap_socket(
-            faulty.socket, server_side=True
-        )
-        threading.Thread(target=faulty.serve_forever, daemon=True).start()
-        place = {"addresses": ["127.0.0.1"], "port": faulty.server_port}
-        record.write_text(json.dumps({**json.loads(record.read_text()), **place}))
-        done = local.call("cancel", run_id)
-        faulty.shutdown()
-    assert (done.returncode, done.stdout) == (0, f"{run_id}: cancelled, 0 survivors\n"), done.stderr
+STUBBORN = """
+    name: stubborn
+    local: {gpus-per-node: 2}
+    roles:
+      rollout: {replicas: 2, gpus: 1, on_failure: ignore, command: [sleep, "1000"]}
+      stubborn:
+        strategy: {type: colocation, target: rollout}
+        autostart: false
+        stop: {grace: 1}
+        command: "trap '' TERM; while :; do sleep 0.2; done"
+      never:
+        strategy: {type: colocation, target: rollout}
+        autostart: false
+        ports: 1
+        ready: {tcp: true, timeout: 600}
+        command: [sleep, "1002"]
+"""
 
 
-def test_setup_lines_that_ignore_sigterm_are_killed(local: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancel_cuts_a_long_stop_short(local: Shell) -> None:
+    run_id = local.ready(local.spec(STUBBORN), "--backend", "local")
+    local.json("fork", run_id, "stubborn")
+    stop = local.start("stop", run_id, "stubborn", "--grace", "3600")
+    wait_until(lambda: "stubborn/0: stopping" in local.logs(run_id), "the stop to have begun")
+    assert local.json("cancel", run_id)["survivors"] == 0
+    stop.communicate(timeout=60)
+
+
+def test_a_fork_whose_target_ends_is_told_so_at_once(local: Shell) -> None:
+    run_id = local.ready(local.spec(STUBBORN), "--backend", "local")
+    fork = local.start("fork", run_id, "never")
+    wait_until(lambda: states(local, run_id).get("never/1") == "starting", "the children to start")
+    target = next(view for view in local.ps(run_id) if view["worker"] == "rollout/1")
+    os.kill(target["pid"], signal.SIGKILL)
+    _, words = fork.communicate(timeout=60)
+    assert (fork.returncode, "the target ended during the fork: rollout/1" in words) == (1, True)
+    assert not any(command_of(pid) == ["sleep", "1002"] for pid in local.pids(run_id))
+
+
+def test_an_agent_that_does_not_come_is_told_with_its_last_words(local: Shell) -> None:
+    spec = local.spec("name: absent\nnodes: 2\nroles: {w: {command: [sleep, '1000']}}\n")
+    run_id = local.submit(spec, "--backend", "local")
+    path = local.root / run_id / "journal" / "local1.jsonl"
+    path.symlink_to("/dev/null")
+    assert local.call("wait", run_id).returncode == 1
+    assert "the agent of local1 ended with 1 before it joined" in local.status(run_id)["reason"]
+
+
+def test_a_node_whose_agent_was_killed_keeps_no_scratch(local: Shell) -> None:
+    spec = local.spec("name: killed\nroles: {w: {command: [sh, -c, 'touch $TMPDIR/file; exec sleep 1000']}}\n")
+    run_id = local.ready(spec, "--backend", "local")
+    node = local.status(run_id)["nodes"][0]
+    place = node_directory(run_id, node["node"])
+    wait_until(lambda: (place / "t" / "w-0" / "file").exists(), "the worker to write to its scratch")
+    os.kill(node["agent_pid"], signal.SIGKILL)
+    assert local.call("wait", run_id).returncode == 137
+    assert f"the agent on {node['node']} was ended by signal 9" in local.status(run_id)["reason"]
+    wait_until(lambda: not place.exists(), "the guardian to remove the scratch")
+
+
+def test_a_sweep_removes_the_scratch_of_a_node_that_lost_agent_and_guardian(local: Shell) -> None:
+    spec = local.spec("name: killed\nroles: {w: {command: [sh, -c, 'touch $TMPDIR/file; exec sleep 1000']}}\n")
+    run_id = local.ready(spec, "--backend", "local")
+    node = local.status(run_id)["nodes"][0]
+    place = node_directory(run_id, node["node"])
+    for pid in (node["guardian_pid"], node["agent_pid"]):
+        os.kill(pid, signal.SIGKILL)
+    assert local.call("wait", run_id).returncode == 137
+    wait_until(lambda: not place.exists(), "the batch script's sweep to remove the scratch")
+
+
+def test_a_cancel_sweeps_the_node_of_an_agent_that_hangs(local: Shell) -> None:
+    spec = local.spec("name: hang\nnodes: 2\nroles: {w: {per_node: 3, command: [sleep, '1000']}}\n")
+    run_id = local.ready(spec, "--backend", "local")
+    os.kill(
+        next(node["agent_pid"] for node in local.status(run_id)["nodes"] if node["node"] == "local1"), signal.SIGSTOP
+    )
+    reply = local.json("cancel", run_id)
+    assert (reply["state"], reply["survivors"], reply["unverified"]) == ("cancelled", 0, [])
+    assert local.left(run_id) == []
+
+
+def test_a_run_goes_on_without_a_node_where_the_spec_says_so(local: Shell) -> None:
     spec = local.spec(
         """
-        name: deaf
-        setup: trap "" TERM; touch "$SLURMFORK_RUN_DIR/begun"; sleep 1000
+        name: goeson
+        nodes: 2
+        on_node_fail: continue
         roles:
-          a: {stop: {grace: 0}, command: [sleep, "1000"]}
+          w: {per_node: 1, command: [sleep, "1000"]}
         """
     )
-    run_id = local.submit(spec, "--backend", "local")
-    wait_until((local.root / run_id / "begun").exists, "the setup lines")
-    monkeypatch.setattr(runs, "END_MARGIN", 1.0)
-    assert Run.load(run_id, local.root).cancel().survivors == 0
-    assert local.left(run_id) == []
+    run_id = local.ready(spec, "--backend", "local")
+    os.kill(
+        next(node["agent_pid"] for node in local.status(run_id)["nodes"] if node["node"] == "local1"), signal.SIGKILL
+    )
+    wait_until(lambda: states(local, run_id)["w/1"] == "failed", "the loss of local1 to be told")
+    assert local.status(run_id)["state"] == "ready"
+    assert states(local, run_id)["w/0"] == "running"
+    reply = local.json("cancel", run_id)
+    assert (reply["state"], reply["survivors"], reply["unverified"]) == ("cancelled", 0, [])
+
+
+SAVES = "import signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: print('saved', flush=True)); "
+
+
+def test_a_warning_reaches_the_workers_that_asked_for_it(local: Shell) -> None:
+    spec = local.spec(
+        f"""
+        name: warned
+        roles:
+          careful:
+            checkpoint: {{signal: SIGUSR2, before: 30}}
+            ready: {{notify: true}}
+            command: [python3, -c, "{SAVES}{READY_WHEN_TOLD}"]
+          plain: {{command: [sleep, "1000"]}}
+        """
+    )
+    run_id = local.ready(spec, "--backend", "local")
+    plain = next(view for view in local.ps(run_id) if view["role"] == "plain")
+    os.kill(int(local.status(run_id)["job_id"]), signal.SIGUSR1)
+    log = local.root / run_id / "logs" / "careful-0.log"
+    wait_until(lambda: "saved" in log.read_text(), "the worker to hear of it")
+    assert [view["pid"] for view in local.ps(run_id, "plain")] == [plain["pid"]]

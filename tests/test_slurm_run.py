@@ -241,6 +241,33 @@ def test_a_run_directory_that_nodes_do_not_see(shell: Shell, tmp_path: Path) -> 
     assert "--root" in status["reason"], status["reason"]
 
 
+BLIND_NODE = """
+{% extends "sbatch.sh.j2" %}
+{% block launcher %}
+{{ super() }}
+slurmfork_launcher=(
+  "${slurmfork_srun[@]}" bash -c '[ "$SLURMD_NODENAME" != NODE ] || SLURMFORK_RUN_DIR=/nonexistent'"$slurmfork_on_node"
+  node "$slurmfork_python" -I "$slurmfork_package/agent/__main__.py"
+)
+{% endblock %}
+"""
+
+
+def test_one_node_of_several_that_does_not_see_the_run_directory(
+    shell: Shell, cluster: MiniCluster, tmp_path: Path
+) -> None:
+    one, blind = cluster.nodes[:2]
+    template = tmp_path / "blind.sh.j2"
+    template.write_text(BLIND_NODE.replace("!= NODE", f"!= {blind}"))
+    text = f"name: blind\nnodes: 2\nslurm: {{nodelist: '{one},{blind}'}}\nroles: {{w: {{command: [sleep, '1000']}}}}\n"
+    spec = shell.spec(text)
+    run_id = shell.submit(spec, "--template", str(template))
+    assert shell.call("wait", run_id).returncode == 1
+    status = shell.status(run_id)
+    assert (status["state"], status["survivors"]) == ("failed", 0), status
+    assert status["reason"].startswith(f"node {blind} cannot take part: it does not see the run directory"), status
+
+
 def test_states_without_squeue(shell: Shell, cluster: MiniCluster) -> None:
     """A finished run is told rightly when Slurm has forgotten the job, accounting or not."""
     run_id = shell.submit(shell.spec(small("[sh, -c, 'exit 0']")))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slurmfork import names
-from slurmfork.agent.node import CUDA, KILL_WAIT, LOCAL_DEVICES, ROCR, ZE, Node
+from slurmfork.agent.node import CUDA, LOCAL_DEVICES, ROCR, ZE, Node
 from slurmfork.messages import Device, Order
 
 NOTIFY_SOCKET = "NOTIFY_SOCKET"
@@ -36,7 +36,7 @@ _OURS = frozenset(
         names.AGENT,
         names.TARGET,
         LOCAL_DEVICES,
-        KILL_WAIT,
+        names.KILL_WAIT,
         NOTIFY_SOCKET,
     }
 )

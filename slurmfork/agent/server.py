@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from slurmfork.errors import Refused, Unreachable
-from slurmfork.messages import ApiAnswer, ApiCall, ErrorReply
+from slurmfork.messages import ApiAnswer, ApiCall
+from slurmfork.serving import JSON, Answer, read_body, refusal, response
 
 if TYPE_CHECKING:
     from aiohttp import web
 
 log = logging.getLogger(__name__)
 
-MAX_BODY = 1024 * 1024
 _BACKLOG = 128
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
@@ -81,7 +81,7 @@ class Server:
     async def _import(self) -> None:
         loop = asyncio.get_running_loop()
         web = await loop.run_in_executor(None, importlib.import_module, "aiohttp.web")
-        self._http = web.Server(self._handle, access_log=None)
+        self._http = web.Server(self._handle, access_log=None, auto_decompress=False)
         if self._listening is not None:
             loop.add_reader(self._listening, self._knocked)
 
@@ -99,24 +99,30 @@ class Server:
         task.add_done_callback(self._tasks.discard)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        from aiohttp import web
-
+        worker = self._caller(request)
+        asked = f"{worker or 'a process'}: {request.method} {request.path_qs}"
         if request.method == "GET" and request.path == "/v1/health":
-            return _response(200, msgspec.json.encode(self._health()))
+            return response(Answer(200, msgspec.json.encode(self._health()), {"Content-Type": JSON}))
         try:
-            body = (await _body(request)).decode()
-        except web.HTTPRequestEntityTooLarge:
-            return _error(413, f"the request is larger than {MAX_BODY} bytes", "too_large")
-        except UnicodeDecodeError:
-            return _error(400, "the request is not UTF-8 text", "malformed")
-        call = ApiCall(method=request.method, path=request.path_qs, body=body, worker=self._caller(request))
+            body = (await read_body(request)).decode()
+        except UnicodeDecodeError as error:
+            return response(refusal(error, asked))
+        except Refused as error:
+            answer = response(refusal(error, asked))
+            answer.force_close()  # the rest of it may still come
+            return answer
+        return response(
+            await self._pass_on(ApiCall(method=request.method, path=request.path_qs, body=body, worker=worker), asked)
+        )
+
+    async def _pass_on(self, call: ApiCall, asked: str) -> Answer:
         try:
             answer = await self._ask(call)
         except Unreachable as error:
-            return _error(503, f"the head cannot be reached: {error}", "unreachable")
+            return refusal(Unreachable(f"the head cannot be reached: {error}"), asked)
         except Refused as error:
-            return _error(502, str(error), error.kind)
-        return _response(answer.status, answer.body.encode())
+            return refusal(error, asked)
+        return Answer(answer.status, answer.body.encode(), answer.headers)
 
     def _caller(self, request: web.BaseRequest) -> str | None:
         connection = request.transport and request.transport.get_extra_info("socket")
@@ -140,29 +146,3 @@ def _peer(connection: Any) -> tuple[int, int, int]:
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, gid = _CREDENTIALS.unpack(data)
     return pid, uid, gid
-
-
-async def _body(request: web.BaseRequest) -> bytes:
-    """The whole body; raises HTTPRequestEntityTooLarge."""
-    from aiohttp import web
-
-    size, parts = 0, []
-    while part := await request.content.readany():
-        size += len(part)
-        if size > MAX_BODY:
-            raise web.HTTPRequestEntityTooLarge(MAX_BODY, size)
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _response(status: int, body: bytes) -> web.Response:
-    from aiohttp import web
-
-    return web.Response(status=status, body=body, content_type="application/json")
-
-
-def _error(status: int, message: str, kind: str) -> web.Response:
-    response = _response(status, msgspec.json.encode(ErrorReply(error=message, kind=kind)))
-    if status == 413:
-        response.force_close()
-    return response

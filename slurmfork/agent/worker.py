@@ -16,7 +16,6 @@ from slurmfork import journal
 from slurmfork.agent import readiness
 from slurmfork.agent.lastwords import caught, in_words, signal_number, tail
 from slurmfork.agent.outfit import Outfit, Site, outfit
-from slurmfork.agent.scratch import remove
 from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.standing import Standing
 from slurmfork.agent.starter import Launch
@@ -24,11 +23,13 @@ from slurmfork.agent.stopping import KILL_BOUND_S, Outcome, Stopping
 from slurmfork.messages import Order, StopResult, WorkerView
 from slurmfork.names import LIVE_STATES, WorkerState
 from slurmfork.process import Identity, send
+from slurmfork.scratch import remove
 
 log = logging.getLogger(__name__)
 
 LONGEST_BACKOFF_S = 60.0
 REAP_TIMEOUT_S = 1.0
+TAIL_TIMEOUT_S = 1.0
 LAUNCH_TIMEOUT_S = 60.0  # of a start, its disk and its exec included
 
 
@@ -56,6 +57,7 @@ class Worker:
         self._checking: asyncio.Task[None] | None = None
         self._stopping: Stopping | None = None
         self._winding_up: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._outcome = Outcome()
 
     @property
@@ -179,14 +181,27 @@ class Worker:
             well, reason = False, "exited with 0 before it was ready"
         self._stop_checking()
         pause = self._pause_before_restart(well=well)
-        if not well:
-            self.view.log_tail = tail(self.log_path, self._launch.log_begin if self._launch else 0)
         self._begin_winding_up(pause)
         if pause is not None:
             count = f"restart {self.view.restarts + 1} of {self.order.restart.max} in {pause:g} s"
-            self._standing.become(WorkerState.RESTARTING, f"{reason}; {count}")
+            self._standing.become(WorkerState.RESTARTING, f"{reason}; {count}", told=not well)
         else:
-            self._standing.become(WorkerState.EXITED if well else WorkerState.FAILED, "" if well else reason)
+            self._standing.become(
+                WorkerState.EXITED if well else WorkerState.FAILED, "" if well else reason, told=not well
+            )
+        if not well:
+            self._telling = asyncio.ensure_future(self._tell_with_last_words())
+
+    async def _tell_with_last_words(self) -> None:
+        """Tell the head how it fell, with the end of its log, if the disk has that in time."""
+        launch = self._launch
+        if launch is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                reading = self._loop.run_in_executor(None, tail, launch.log, launch.log_begin)
+                words = await asyncio.wait_for(reading, TAIL_TIMEOUT_S)
+                if launch is self._launch:  # else it runs again
+                    self.view.log_tail = words
+        self._standing.tell()
 
     def _stop_checking(self) -> None:
         if self._checking is not None:
@@ -286,6 +301,7 @@ class Worker:
             patience = (self.order.stop.grace if grace is None else grace) + bound
             await asyncio.wait([self._in_hand], timeout=patience)
         if self._winding_up is None and self.view.state in LIVE_STATES:
+            log.info("%s: stopping", self.name)
             self._begin_stop()
         await asyncio.sleep(0)  # let a task that was just made begin
         if self._stopping is not None and grace is not None:

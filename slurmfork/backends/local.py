@@ -123,10 +123,11 @@ class LocalBackend:
 def _outside(environment: Mapping[str, str], secrets: Sequence[str]) -> dict[str, str]:
     """Without secrets, and what a Slurm job or another run around us has put there: its tag is not this run's."""
     dropped = {*secrets, *(names.WORKERS_OWN if names.WORKER in environment else ())}
+    kept = (names.ROOT, names.DEVICE_FILES)
     return {
         name: value
         for name, value in environment.items()
-        if name == names.ROOT or (name not in dropped and not name.startswith(("SLURM_", "SLURMFORK_")))
+        if name in kept or (name not in dropped and not name.startswith(("SLURM_", "SLURMFORK_")))
     }
 
 

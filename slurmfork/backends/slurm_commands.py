@@ -45,7 +45,7 @@ def environment_of_job(secrets: Sequence[str], own: Mapping[str, str] | None = N
 
 
 def _outside(given: Mapping[str, str]) -> dict[str, str]:
-    kept = (*_KEPT, names.ROOT)
+    kept = (*_KEPT, names.ROOT, names.DEVICE_FILES)
     return {name: value for name, value in given.items() if name in kept or not name.startswith(_SCRUBBED)}
 
 

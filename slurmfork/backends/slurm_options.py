@@ -6,6 +6,7 @@ file, and so was not checked, is held to it here.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,10 +48,17 @@ def options(spec: Spec, request: Request, run_dir: Path) -> list[Option]:
         found.append(("cpus-per-task", str(request.cpus_per_node)))
     if request.gpus_per_node and not given & _GPU_OPTIONS:
         found.append(("gpus-per-node", str(request.gpus_per_node)))
-    found += [("output", _output(run_dir)), ("open-mode", "append"), ("no-requeue", None)]
+    requeue = "requeue" if spec.requeue else "no-requeue"
+    found += [("output", _output(run_dir)), ("open-mode", "append"), (requeue, None)]
+    if spec.on_node_fail == "continue":
+        found.append(("no-kill", None))
     limit = next((seconds(value) for name, value in own if name == "time" and value), None)
-    if limit:
-        found.append(("signal", f"B:USR1@{max(1, min(WARNING_S, limit // 10))}"))
+    lead = max((math.ceil(role.checkpoint.before) for role in spec.roles.values() if role.checkpoint), default=0)
+    if limit and lead >= limit:
+        message = f"a checkpoint is to be {lead} s before the end of a job whose time limit is {limit} s"
+        raise SpecError([Problem(message, "slurm.time")])
+    if limit or lead:
+        found.append(("signal", f"B:USR1@{lead or max(1, min(WARNING_S, (limit or 0) // 10))}"))
     if "job-name" not in given:
         found.insert(0, ("job-name", spec.name))
     return found + own

@@ -123,7 +123,7 @@ class _Screen:
 
 
 def _to_the_end(run: Run, screen: _Screen) -> int:
-    shown = progress.Plain()
+    shown, told = progress.Plain(), set[str]()
     due = 0.0
     while True:
         now = time.monotonic()
@@ -133,6 +133,9 @@ def _to_the_end(run: Run, screen: _Screen) -> int:
                 break
             with screen.watched():
                 shown.show(status)
+            new = [line for line in progress.notes(status) if line not in told]
+            screen.say(*new)
+            told.update(new)
             due = now + (LOOK_READY if status.state is RunState.READY else LOOK_STARTING)
         screen.look()
         time.sleep(logview.POLL)

@@ -96,7 +96,9 @@ def _detail(one: RunStatus, workers: list[WorkerView]) -> None:
             output.say(f"{title + ':':<12} {fact}")
     if one.nodes:
         output.say()
-        output.table(["NODE", "JOINED", "GUARANTEE", "GPUS", "CPUS", "ADDRESS", "NOTES"], [_node(n) for n in one.nodes])
+        output.table(["NODE", "JOINED", "GUARANTEE", "GPUS", "CPUS", "ADDRESS"], [_node(n) for n in one.nodes])
+        for line in progress.notes(one):
+            output.say(line)
     if failed := failure.failed_workers(workers):
         output.say()
         for view in failed[: failure.SHOWN]:
@@ -137,9 +139,8 @@ def _left(one: RunStatus) -> str:
 
 def _node(node: NodeView) -> list[object]:
     gpus = output.numbers(node.devices) or "-"
-    notes = "; ".join(node.notes)
     joined = "SILENT" if node.silent else "yes" if node.joined else "NO"
-    return [node.node, joined, node.guarantee, gpus, node.cpus, node.address, notes]
+    return [node.node, joined, node.guarantee, gpus, node.cpus, node.address]
 
 
 # --- ps

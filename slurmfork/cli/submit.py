@@ -86,6 +86,8 @@ def _is_up(run: Run, status: RunStatus, *, as_json: bool) -> int:
     if as_json:
         output.document(_submitted(run, status))
     elif status.state is RunState.READY:
+        for line in progress.notes(status):
+            output.complain(line)
         output.say(f"{run.run_id} is ready: {progress.counts(status)}")
         _next_steps(run, ready=True)
     elif status.state is RunState.COMPLETED:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 from slurmfork.errors import RunDirError
@@ -94,3 +96,18 @@ def remove(path: Path) -> None:
     import shutil
 
     shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_left(run_id: str, node: str) -> None:
+    """Remove what an agent that died has left, unless another one has taken its place since."""
+    path = node_directory(run_id, node)
+    with contextlib.suppress(OSError, RunDirError):
+        if _is_ours(path):
+            lock = _lock(path / "lock")
+            remove(path)
+            os.close(lock)
+
+
+def _is_ours(path: Path) -> bool:
+    facts = path.lstat()
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid()
