@@ -12,7 +12,11 @@ from slurmfork.names import RunState
 from slurmfork.observe import LATE_WORD, Observation
 from slurmfork.rundir import EndRecord, RunDir, RunRecord
 
-COMPLETED = JobReport(state=RunState.COMPLETED, word="COMPLETED", exit_status=0, fresh=time.time(), ended=time.time())
+
+def completed(ago: float) -> JobReport:
+    """What Slurm says of a job that ended well so many seconds ago."""
+    now = time.time()
+    return JobReport(state=RunState.COMPLETED, word="COMPLETED", exit_status=0, fresh=now, ended=now - ago)
 
 
 @pytest.fixture
@@ -27,10 +31,9 @@ def look(tmp_path: Path) -> Observation:
 
 def test_a_script_that_ended_well_without_a_head_has_failed(look: Observation) -> None:
     """As with `setup: exec sleep 3`. What a compute node wrote just before may not be seen yet."""
-    status, _ = look.look(COMPLETED)
+    status, _ = look.look(completed(1.0))
     assert (status.state, status.over, status.exit_status) == (RunState.STOPPING, False, None)
-    COMPLETED.ended = time.time() - LATE_WORD
-    status, _ = look.look(COMPLETED)
+    status, _ = look.look(completed(LATE_WORD))
     assert (status.state, status.exit_status) == (RunState.FAILED, 1)
     assert "without having started a head" in status.reason
 
@@ -38,7 +41,7 @@ def test_a_script_that_ended_well_without_a_head_has_failed(look: Observation) -
 def test_an_end_that_was_recorded_since_the_first_look_counts(look: Observation) -> None:
     end = EndRecord(state=RunState.COMPLETED, reason="all done", exit_status=0, survivors=0, ended=time.time())
     look.rundir.write_record(look.rundir.end, end)
-    status, _ = look.look(COMPLETED)
+    status, _ = look.look(completed(1.0))
     assert (status.state, status.source, status.reason) == (RunState.COMPLETED, "end", "all done")
 
 
