@@ -315,7 +315,7 @@ def views_of(error: SlurmforkError) -> list[WorkerView]:
 
 def _or_raise(answer: list[str] | SlurmforkError) -> list[str]:
     if isinstance(answer, SlurmforkError):
-        raise Refused(str(answer), "unreachable")
+        raise answer
     return answer
 
 
