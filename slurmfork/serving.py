@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 log = logging.getLogger(__name__)
+
+Handler: TypeAlias = "Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]"
 
 MAX_BODY = 1024 * 1024
 JSON = "application/json"
@@ -45,16 +48,39 @@ class Answer(NamedTuple):
     headers: dict[str, str]
 
 
+def server(handle: Handler) -> web.Server:
+    """An HTTP server. It takes bodies as they come: one that is compressed could be larger than any limit."""
+    from aiohttp import web
+
+    words = logging.getLogger("slurmfork.http")
+    words.addFilter(_briefly)
+    return web.Server(handle, access_log=None, auto_decompress=False, logger=words)
+
+
+def _briefly(record: logging.LogRecord) -> bool:
+    """What a client did wrong is a line of the log; a traceback is for faults of our own."""
+    from aiohttp.http_exceptions import HttpProcessingError
+
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, (HttpProcessingError, ConnectionError)):
+        record.msg, record.args = f"{record.getMessage()}: {one_line(str(error))}", ()
+        record.exc_info = None
+    return True
+
+
 async def read_body(request: web.BaseRequest) -> bytes:
-    """The whole body; raises Refused for one that is too large, or garbled on its way."""
+    """The whole body; raises Refused for one that is too large, or that breaks off."""
     from aiohttp import web
 
     announced, size, parts = request.content_length or 0, 0, []
     try:
+        if announced <= MAX_BODY and request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer has not begun
         while max(announced, size) <= MAX_BODY and (part := await request.content.readany()):
             size += len(part)
             parts.append(part)
-    except web.RequestPayloadError as error:
+    except (web.RequestPayloadError, ConnectionError) as error:
         raise Refused(f"malformed request: {error}", "malformed") from None
     if max(announced, size) > MAX_BODY:
         raise Refused(f"the request is larger than {MAX_BODY} bytes", "too_large")

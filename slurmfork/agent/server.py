@@ -21,7 +21,7 @@ import msgspec
 
 from slurmfork.errors import Refused, Unreachable
 from slurmfork.messages import ApiAnswer, ApiCall
-from slurmfork.serving import JSON, Answer, read_body, refusal, response
+from slurmfork.serving import JSON, Answer, read_body, refusal, response, server
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -80,8 +80,8 @@ class Server:
 
     async def _import(self) -> None:
         loop = asyncio.get_running_loop()
-        web = await loop.run_in_executor(None, importlib.import_module, "aiohttp.web")
-        self._http = web.Server(self._handle, access_log=None, auto_decompress=False)
+        await loop.run_in_executor(None, importlib.import_module, "aiohttp.web")
+        self._http = server(self._handle)
         if self._listening is not None:
             loop.add_reader(self._listening, self._knocked)
 
@@ -99,10 +99,10 @@ class Server:
         task.add_done_callback(self._tasks.discard)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        worker = self._caller(request)
-        asked = f"{worker or 'a process'}: {request.method} {request.path_qs}"
         if request.method == "GET" and request.path == "/v1/health":
             return response(Answer(200, msgspec.json.encode(self._health()), {"Content-Type": JSON}))
+        worker = self._caller(request)
+        asked = f"{worker or 'a process'}: {request.method} {request.path_qs}"
         try:
             body = (await read_body(request)).decode()
         except UnicodeDecodeError as error:
@@ -111,16 +111,15 @@ class Server:
             answer = response(refusal(error, asked))
             answer.force_close()  # the rest of it may still come
             return answer
-        return response(
-            await self._pass_on(ApiCall(method=request.method, path=request.path_qs, body=body, worker=worker), asked)
-        )
+        call = ApiCall(method=request.method, path=request.path_qs, body=body, worker=worker)
+        return response(await self._pass_on(call, asked))
 
     async def _pass_on(self, call: ApiCall, asked: str) -> Answer:
         try:
             answer = await self._ask(call)
         except Unreachable as error:
             return refusal(Unreachable(f"the head cannot be reached: {error}"), asked)
-        except Refused as error:
+        except Exception as error:
             return refusal(error, asked)
         return Answer(answer.status, answer.body.encode(), answer.headers)
 

@@ -39,10 +39,14 @@ class Route:
         return TEXT if self.answers is str else JSON
 
     def read(self, query: str, body: bytes) -> Struct:
-        """What is asked: the body of a POST, the query of a GET; raises msgspec.DecodeError if it does not fit."""
+        """What is asked: the body of a POST, the query of a GET; raises DecodeError or Refused for nonsense."""
         if self.method == "POST":
             return msgspec.json.decode(body, type=self.asks)
-        return msgspec.convert(dict(parse_qsl(query, keep_blank_values=True)), self.asks, strict=False)
+        pairs = parse_qsl(query, keep_blank_values=True)
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            raise Refused("malformed request: something in the query is said twice", "malformed")
+        return msgspec.convert(fields, self.asks, strict=False)
 
 
 class Routes:

@@ -14,7 +14,7 @@ from slurmfork.errors import Refused
 from slurmfork.head.api import Api
 from slurmfork.head.routes import LINES
 from slurmfork.messages import Event
-from slurmfork.serving import read_body, refusal, response
+from slurmfork.serving import read_body, refusal, response, server
 
 if TYPE_CHECKING:
     import socket
@@ -29,8 +29,7 @@ async def serve(api: Api, sock: socket.socket, context: ssl.SSLContext) -> Calla
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         return await _handle(api, request)
 
-    # Bodies are taken as they come: one that is compressed could be larger than any limit.
-    runner = web.ServerRunner(web.Server(handle, access_log=None, auto_decompress=False))
+    runner = web.ServerRunner(server(handle))
     await runner.setup()
     await web.SockSite(runner, sock, ssl_context=context, shutdown_timeout=2).start()
     return runner.cleanup
