@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chaos import sight
@@ -40,7 +41,8 @@ def _status(trial: Trial) -> list[str]:
         found.append(f"status says {status.state}: {status.reason}")
     if status.survivors:
         found.append(f"status says that {status.survivors} survived")
-    if status.survivors is None and "silent" not in trial.excuses and status.source != "submit":
+    headless = not (trial.rundir / "head.json").exists()  # nobody was there yet who could say
+    if status.survivors is None and "silent" not in trial.excuses and not headless:
         found.append(f"status does not say how many survived ({status.state} by {status.source}: {status.reason})")
     if status.unverified and "unverified" not in trial.excuses:
         found.append(f"status says that {status.unverified} could not be asked")
@@ -93,8 +95,10 @@ def _decoded(line: str) -> dict[str, Any] | None:
 
 
 def _scratch(trial: Trial) -> list[str]:
-    """Node-local directories; only their names are asked of slurmfork."""
-    if "scratch" in trial.excuses:
-        return []
+    return [] if "scratch" in trial.excuses else [f"{place} is left on the node" for place in scratch(trial)]
+
+
+def scratch(trial: Trial) -> list[Path]:
+    """Node-local directories that are there; only their names are asked of slurmfork."""
     places = [node_directory(trial.run_id, trial.stage.node(number)) for number in range(1, trial.stage.size + 1)]
-    return [f"{place} is left on the node" for place in places if place.exists()]
+    return [place for place in places if trial.run_id and place.exists()]

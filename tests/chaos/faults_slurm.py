@@ -38,7 +38,7 @@ def scancel_batch(trial: Trial) -> None:
 def scancel_twice(trial: Trial) -> None:
     _scancel(trial)
     trial.wait_a_moment(2.0)
-    _scancel(trial)
+    trial.stage.slurm("scancel", trial.job_id, check=False)
 
 
 @fault("requeue", "scontrol requeue", backends=SLURM, moments=LATER, ends=False, excuses="intent")

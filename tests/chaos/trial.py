@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -292,6 +293,8 @@ class Trial:
         if self.stage.backend == "slurm" and self.job_id:
             self.stage.slurm("scancel", self.job_id, check=False)
         self.stage.innocents.release(self._adopted)
+        for path in checks.scratch(self):
+            shutil.rmtree(path, ignore_errors=True)
         for path in self.mounted:
             subprocess.run(["umount", "-l", str(path)], check=False, capture_output=True)
 
