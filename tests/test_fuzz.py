@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from requests.adapters import HTTPAdapter
 from running import Shell
 from schemathesis import GenerationMode
+from slurmfork.agent.scratch import node_directory
 
 from slurmfork import credentials, names
-from slurmfork.agent.scratch import node_directory
 from slurmfork.head import openapi
 from slurmfork.head.api import Api
 from slurmfork.messages import CancelRequest, ErrorReply
