@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import secrets
@@ -31,6 +32,15 @@ from slurmfork.shm import SharedMemory
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as two users")
+
+
+CLONE_NEWNS = 0x20000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def apart() -> None:
+    """File systems of our own, where that is allowed: what is left here is then no business of other sessions' runs."""
+    ctypes.CDLL(None).unshare(CLONE_NEWNS)
 
 
 @pytest.fixture
