@@ -76,6 +76,8 @@ class Run:
         record = directory.read_record(directory.record, RunRecord)
         if record is None:
             raise RunDirError(f"{directory.path} is not a run directory")
+        if record.run_id != directory.run_id:
+            raise RunDirError(f"{directory.path} is the directory of {record.run_id}: give it that name again")
         return cls(directory, record)
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -176,10 +177,11 @@ class RunDir:
     def make(self) -> None:
         """Create the directory tree, private; raises RunDirError if it exists or cannot be written."""
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(self.path.parent)
             for path in (self.path, self.credentials, self.logs, self.agents, self.journals):
                 path.mkdir(mode=0o700)
                 path.chmod(0o700)
+            check_private(self.path)
         except OSError as error:
             raise RunDirError(
                 f"cannot create the run directory {self.path}: {error.strerror}; "
@@ -231,6 +233,28 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = 
         raise
 
 
+def _make_private(path: Path) -> None:
+    """Make a directory, and what is missing above it: whoever could write there could put another in its place."""
+    if not path.is_dir():
+        _make_private(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def is_private(facts: os.stat_result) -> bool:
+    """Whether this is a real directory of this user, and only this user can write to it."""
+    shared = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not shared
+
+
+def check_private(path: Path) -> None:
+    """Raise RunDirError for what somebody else could have put there, OSError where nothing is."""
+    if not is_private(path.lstat()):
+        raise RunDirError(
+            f"{path} is not a directory that only you can write to, so it is not believed; "
+            "if it is yours, `chmod go-w` makes it so"
+        )
+
+
 def default_root() -> Path:
     """SLURMFORK_ROOT, or ~/.slurmfork/runs: where run directories live."""
     value = os.environ.get(names.ROOT)
@@ -243,7 +267,7 @@ def new_run_id(name: str) -> str:
 
 
 def run_dirs(root: Path) -> Iterator[RunDir]:
-    """Every run directory under ``root`` that belongs to this user (others' are not to be believed)."""
+    """Every run directory under ``root`` that is this user's alone (others are not to be believed)."""
     try:
         entries = list(os.scandir(root))
     except FileNotFoundError:
@@ -252,16 +276,28 @@ def run_dirs(root: Path) -> Iterator[RunDir]:
         raise RunDirError(f"cannot read {root}: {error.strerror}") from None
     for entry in entries:
         rundir = RunDir(Path(entry.path))
+<<<<<<< HEAD
         with contextlib.suppress(OSError):  # it is removed just now, or closed: the others are there all the same
             if not names.RUN_ID_PATTERN.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
                 continue
             if entry.stat(follow_symlinks=False).st_uid == os.geteuid() and rundir.record.exists():
                 yield rundir
+=======
+        if names.RUN_ID_PATTERN.fullmatch(entry.name) and _is_run(rundir):
+            yield rundir
+>>>>>>> h3
+
+
+def _is_run(rundir: RunDir) -> bool:
+    with contextlib.suppress(OSError):
+        return is_private(rundir.path.lstat()) and rundir.record.exists()
+    return False
 
 
 def find(root: Path, wanted: str) -> RunDir:
     """The run that ``wanted`` names: a run id, a unique prefix of one, a job id, or ``last``.
 
+<<<<<<< HEAD
     Raises RunNotFound where there is none, or more than one, UsageError for no name at all.
     """
     if not wanted.strip():  # as from a variable that is not set: it would be the beginning of any run's id
@@ -270,6 +306,24 @@ def find(root: Path, wanted: str) -> RunDir:
         exact = RunDir(root / wanted)
         if exact.record.exists():
             return exact
+=======
+    Raises RunNotFound where there is none, or more than one; RunDirError for one that is not this user's alone.
+    """
+    if not names.RUN_ID_PATTERN.fullmatch(wanted):
+        return _search(root, wanted)
+    exact = RunDir(root / wanted)
+    if _is_run(exact):
+        return exact
+    try:
+        return _search(root, wanted)  # so that nobody can hide a run by a directory of the name that it is called
+    except RunNotFound:
+        with contextlib.suppress(OSError):
+            check_private(exact.path)
+        raise
+
+
+def _search(root: Path, wanted: str) -> RunDir:
+>>>>>>> h3
     runs = {rundir.run_id: rundir for rundir in run_dirs(root)}
     if not runs:
         raise RunNotFound(f"there is no run under {root} (--root and SLURMFORK_ROOT choose another place)")
@@ -290,7 +344,8 @@ def find(root: Path, wanted: str) -> RunDir:
 
 
 def _readable(rundir: RunDir) -> RunRecord | None:
-    """The record of a run; None where it is damaged, which must not hide the other runs."""
+    """The record of a run; None where it is damaged or another run's, which must not hide the other runs."""
     with contextlib.suppress(RunDirError):
-        return rundir.read_record(rundir.record, RunRecord)
+        record = rundir.read_record(rundir.record, RunRecord)
+        return record if record and record.run_id == rundir.run_id else None
     return None

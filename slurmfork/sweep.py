@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -24,10 +23,15 @@ import msgspec
 from slurmfork import journal, names
 from slurmfork.errors import RunDirError, SlurmforkError, UsageError
 from slurmfork.killing import end_all
+<<<<<<< HEAD
 from slurmfork.process import Identity, alive, ancestors, boot_id, describe, owner, walk, walk_tagged
 from slurmfork.rundir import RunDir, RunRecord
 from slurmfork.scratch import of_job, remove_left
 from slurmfork.shm import remove_named
+=======
+from slurmfork.process import Identity, alive, ancestors, describe, owner, walk, walk_tagged
+from slurmfork.rundir import RunDir, RunRecord, check_private
+>>>>>>> h3
 
 BOUND_S = 10.0
 DEFAULT_GRACE_S = 5.0
@@ -119,20 +123,13 @@ def _journals(rundir: Path, node: str | None, notes: list[str]) -> list[Path]:
     here = RunDir(rundir)
     for path in (rundir, here.journals):
         try:
-            facts = os.lstat(path)
+            check_private(path)
         except OSError as error:
             notes.append(f"no journal was used: {path}: {error.strerror}")
             return []
-        if not _is_private(facts):
-            raise RunDirError(f"{path} is not a directory that only this user can write to; it is not believed")
     if node is not None:
         return [here.journal(node)]
     return sorted(Path(entry.path) for entry in os.scandir(here.journals) if entry.name.endswith(".jsonl"))
-
-
-def _is_private(facts: os.stat_result) -> bool:
-    shared = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not shared
 
 
 def _job_id(rundir: Path) -> str | None:

@@ -20,10 +20,12 @@ class Shell:
     """A user's shell: an environment with a root for run directories, and the `slurmfork` command in it.
 
     ``end`` cancels what it submitted and fails the test if a process of it is left on this machine.
+    ``umask``: the shell's, in place of this process's own.
     """
 
-    def __init__(self, directory: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, directory: Path, environment: Mapping[str, str] | None = None, *, umask: int = -1) -> None:
         self.directory = directory
+        self.umask = umask
         self.root = directory / "runs"
         base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         self.env = {**base, **(environment or {}), "SLURMFORK_ROOT": str(self.root), "COLUMNS": "200"}
@@ -41,6 +43,7 @@ class Shell:
             [sys.executable, "-m", "slurmfork", *arguments],
             env=self.env,
             cwd=self.directory,
+            umask=self.umask,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -53,6 +56,7 @@ class Shell:
             [sys.executable, "-m", "slurmfork", *arguments],
             env=self.env,
             cwd=self.directory,
+            umask=self.umask,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

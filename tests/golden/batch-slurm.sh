@@ -34,6 +34,9 @@ if [ ! -f "$SLURMFORK_RUN_DIR/batch.sh" ]; then
   exit 78
 fi
 
+# --- What is written there is private. The umask itself stays as it is: it is the workers'.
+[ ! -f "$SLURMFORK_RUN_DIR/batch.log" ] || chmod 600 "$SLURMFORK_RUN_DIR/batch.log"
+
 # --- What an earlier attempt left, should Slurm have requeued the job.
 (cd "$SLURMFORK_RUN_DIR" && rm -f batch.status end.json head.json requeued)
 
@@ -44,6 +47,7 @@ slurmfork_finish() {
   trap - EXIT
   trap : TERM USR1 # what is left to do is short, and must be done
   set +efu
+  umask 077
   if [ "$slurmfork_part" = setup ]; then
     [ "$status" -ne 0 ] || status=143 # ended by a signal, or by an `exit` in the setup lines
     echo "slurmfork: the setup lines ended with status $status on node $slurmfork_node; no agent was started" >&2
@@ -123,7 +127,9 @@ slurmfork_on_node='
       "$SLURMFORK_RUN_DIR; put it on the shared file system with --root" >&2
     exit 78
   fi
-  exec "$@" >>"$SLURMFORK_RUN_DIR/agents/$SLURMD_NODENAME.log" 2>&1'
+  log=$SLURMFORK_RUN_DIR/agents/$SLURMD_NODENAME.log
+  (umask 077 && : >>"$log")
+  exec "$@" >>"$log" 2>&1'
 slurmfork_launcher=(
   "${slurmfork_srun[@]}" bash -c "$slurmfork_on_node" node
   "$slurmfork_python" -I "$slurmfork_package/agent/__main__.py"
