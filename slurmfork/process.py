@@ -286,12 +286,8 @@ def walk_tagged(run_id: str, node: str | None = None, *, job_id: str | None = No
             return
         looked_at.update(new)
         for pid in reversed(new):  # the latest may not be there for long
-<<<<<<< HEAD
-            if not owned(pid, uid) or not _carries(pid, marks):
-=======
             # A program that is set-uid looks like its owner's there; who started it takes longer to read.
-            if not _owned(pid, uid) or not _carries(pid, marks) or owner(pid) != uid:
->>>>>>> h3
+            if not owned(pid, uid) or not _carries(pid, marks) or owner(pid) != uid:
                 continue
             identity = identify(pid)
             # Looked at again: had the PID changed hands, the first look would be about another process.

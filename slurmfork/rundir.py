@@ -276,16 +276,8 @@ def run_dirs(root: Path) -> Iterator[RunDir]:
         raise RunDirError(f"cannot read {root}: {error.strerror}") from None
     for entry in entries:
         rundir = RunDir(Path(entry.path))
-<<<<<<< HEAD
-        with contextlib.suppress(OSError):  # it is removed just now, or closed: the others are there all the same
-            if not names.RUN_ID_PATTERN.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
-                continue
-            if entry.stat(follow_symlinks=False).st_uid == os.geteuid() and rundir.record.exists():
-                yield rundir
-=======
         if names.RUN_ID_PATTERN.fullmatch(entry.name) and _is_run(rundir):
             yield rundir
->>>>>>> h3
 
 
 def _is_run(rundir: RunDir) -> bool:
@@ -297,18 +289,11 @@ def _is_run(rundir: RunDir) -> bool:
 def find(root: Path, wanted: str) -> RunDir:
     """The run that ``wanted`` names: a run id, a unique prefix of one, a job id, or ``last``.
 
-<<<<<<< HEAD
-    Raises RunNotFound where there is none, or more than one, UsageError for no name at all.
+    Raises RunNotFound where there is none, or more than one, UsageError for no name at all, RunDirError for one that
+    is not this user's alone.
     """
     if not wanted.strip():  # as from a variable that is not set: it would be the beginning of any run's id
         raise UsageError("the name of the run is empty: give a run id, the beginning of one, a job id, or `last`")
-    if names.RUN_ID_PATTERN.fullmatch(wanted):
-        exact = RunDir(root / wanted)
-        if exact.record.exists():
-            return exact
-=======
-    Raises RunNotFound where there is none, or more than one; RunDirError for one that is not this user's alone.
-    """
     if not names.RUN_ID_PATTERN.fullmatch(wanted):
         return _search(root, wanted)
     exact = RunDir(root / wanted)
@@ -323,7 +308,6 @@ def find(root: Path, wanted: str) -> RunDir:
 
 
 def _search(root: Path, wanted: str) -> RunDir:
->>>>>>> h3
     runs = {rundir.run_id: rundir for rundir in run_dirs(root)}
     if not runs:
         raise RunNotFound(f"there is no run under {root} (--root and SLURMFORK_ROOT choose another place)")

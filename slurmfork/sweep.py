@@ -23,15 +23,10 @@ import msgspec
 from slurmfork import journal, names
 from slurmfork.errors import RunDirError, SlurmforkError, UsageError
 from slurmfork.killing import end_all
-<<<<<<< HEAD
 from slurmfork.process import Identity, alive, ancestors, boot_id, describe, owner, walk, walk_tagged
-from slurmfork.rundir import RunDir, RunRecord
+from slurmfork.rundir import RunDir, RunRecord, check_private
 from slurmfork.scratch import of_job, remove_left
 from slurmfork.shm import remove_named
-=======
-from slurmfork.process import Identity, alive, ancestors, describe, owner, walk, walk_tagged
-from slurmfork.rundir import RunDir, RunRecord, check_private
->>>>>>> h3
 
 BOUND_S = 10.0
 DEFAULT_GRACE_S = 5.0
