@@ -26,9 +26,9 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from requests.adapters import HTTPAdapter
 from running import Shell
 from schemathesis import GenerationMode
+from slurmfork.agent.scratch import node_directory
 
 from slurmfork import credentials
-from slurmfork.agent.scratch import node_directory
 from slurmfork.head import openapi
 from slurmfork.head.api import Api
 from slurmfork.messages import ErrorReply

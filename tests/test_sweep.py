@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -351,13 +352,14 @@ def test_a_directory_of_no_run_is_refused_in_one_line(yard: Yard, rundir: RunDir
 
 def test_by_job_it_finds_the_runs_of_this_host(yard: Yard, tmp_path: Path) -> None:
     """As an epilog has it: nothing is known but the job."""
+    job = str(uuid.uuid4().int)  # no other test's
     place = Scratch(yard.run_id, yard.node)
-    place.mark("4711", tmp_path / yard.run_id, yard.node)
+    place.mark(job, tmp_path / yard.run_id, yard.node)
     RunDir(tmp_path / yard.run_id).make()
     yard.start("plain")
-    assert call("--job", "4712").stdout == ""
+    assert call("--job", job + "0").stdout == ""
     assert len(yard.living()) == 1
-    done = call("--job", "4711", "--grace", "0.1")
+    done = call("--job", job, "--grace", "0.1")
     assert (done.returncode, len(json.loads(done.stdout)["killed"])) == (0, 1), done.stderr
     assert yard.living() == []
     remove(place.path)  # this process held it, as an agent does
