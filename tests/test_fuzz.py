@@ -26,7 +26,6 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from requests.adapters import HTTPAdapter
 from running import Shell
 from schemathesis import GenerationMode
-from slurmfork.agent.scratch import node_directory
 
 from slurmfork import credentials
 from slurmfork.head import openapi
@@ -34,6 +33,7 @@ from slurmfork.head.api import Api
 from slurmfork.messages import ErrorReply
 from slurmfork.run import Run
 from slurmfork.rundir import HeadRecord
+from slurmfork.scratch import node_directory
 
 pytestmark = pytest.mark.timeout(1800)
 
