@@ -78,6 +78,9 @@ class Run:
             raise RunDirError(f"{directory.path} is not a run directory")
         if record.run_id != directory.run_id:
             raise RunDirError(f"{directory.path} is the directory of {record.run_id}: give it that name again")
+        if record.job_id is None:  # who submitted it was killed before it could say so
+            with suppress(UsageError, RunDirError):
+                record.job_id = backends.get(record.backend).started(directory)
         return cls(directory, record)
 
     @property

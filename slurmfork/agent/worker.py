@@ -172,7 +172,7 @@ class Worker:
         self._reaped.set()
         if self._winding_up is None and self.view.state in LIVE_STATES:
             self._fall(words, well=code == 0)
-        elif self._stopping is None or not self._stopped:
+        elif not self._is_telling() and (self._stopping is None or not self._stopped):
             self._standing.tell()  # its state was settled before, its exit status was not known
 
     def _fall(self, reason: str, *, well: bool = False) -> None:
@@ -191,6 +191,9 @@ class Worker:
             )
         if not well:
             self._telling = asyncio.ensure_future(self._tell_with_last_words())
+
+    def _is_telling(self) -> bool:
+        return self._telling is not None and not self._telling.done()
 
     async def _tell_with_last_words(self) -> None:
         """Tell the head how it fell, with the end of its log, if the disk has that in time."""
@@ -249,6 +252,8 @@ class Worker:
         """Start it once more; False where that is not wanted any more, or impossible."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._unwanted.wait(), max(0.0, when - self._loop.time()))
+        if self._telling is not None:
+            await asyncio.wait([self._telling])  # that it fell is told before that it runs again
         if not self._wanted or self._site.closing:
             return False
         self.view.restarts += 1

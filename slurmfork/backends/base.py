@@ -70,6 +70,9 @@ class Backend(Protocol):
         Raises Unanswered where that is not known.
         """
 
+    def started(self, rundir: RunDir) -> str | None:
+        """The id of the job that has begun to work in this directory, by what it wrote there; None: none has."""
+
     def report(self, jobs: Sequence[tuple[RunDir, Job]], patience: float = PATIENCE_S) -> list[JobReport]:
         """What the scheduler says of each of these jobs, in their order; it is asked once for all. Never raises.
 

@@ -75,6 +75,11 @@ class LocalBackend:
         script.returncode = 0  # it is meant to outlive us: no complaint that it still runs
         return Job(job_id=str(script.pid), submitted=time.time(), notes=notes)
 
+    def started(self, rundir: RunDir) -> str | None:
+        """The batch script's PID, if it was started."""
+        record = rundir.read_record(rundir.path / "local.json", LocalJob)
+        return str(record.pid) if record else None
+
     def report(self, jobs: Sequence[tuple[RunDir, Job]], patience: float = PATIENCE_S) -> list[JobReport]:
         """Whether each script still runs, as far as this machine can tell."""
         return [self._report(rundir) for rundir, _ in jobs]

@@ -19,6 +19,7 @@ from slurmfork.backends.slurm_commands import Answer, ask, environment_of_job, o
 from slurmfork.backends.slurm_options import ignored
 from slurmfork.errors import BackendError, Unanswered
 from slurmfork.names import ENDED_STATES
+from slurmfork.rundir import HeadRecord
 
 if TYPE_CHECKING:
     from slurmfork.plan import Request
@@ -58,6 +59,11 @@ class SlurmBackend:
         submitted = _submit_time(job_id, cluster)
         notes = [*([answer.words] if answer.words else []), *ignored(spec, os.environ)]
         return Job(job_id=job_id, cluster=cluster or None, submitted=submitted, notes=notes)
+
+    def started(self, rundir: RunDir) -> str | None:
+        """The job in which the head runs, or ran."""
+        record = rundir.read_record(rundir.head, HeadRecord)
+        return record.job_id if record else None
 
     def report(self, jobs: Sequence[tuple[RunDir, Job]], patience: float = PATIENCE_S) -> list[JobReport]:
         """Slurm's word on each job; Slurm is asked once for all, and every 10 s at most."""
