@@ -79,7 +79,7 @@ class Backend(Protocol):
         After ``patience`` seconds, what it said before is told, with its age; or that nothing is known.
         """
 
-    def cancel(self, rundir: RunDir, job: Job, patience: float) -> None:
+    def cancel(self, rundir: RunDir, job: Job, patience: float = PATIENCE_S) -> None:
         """Have the job ended; one that is over already is left alone.
 
         ``patience``: seconds for the scheduler to answer; or, where none sees to it, for the job to end in order.

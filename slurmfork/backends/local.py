@@ -98,7 +98,7 @@ class LocalBackend:
         reason = "the batch script is gone" + ("" if _same_boot(record) else " since the machine was restarted")
         return JobReport(state=RunState.FAILED, word="GONE", reason=reason, fresh=time.time())
 
-    def cancel(self, rundir: RunDir, job: Job, patience: float) -> None:
+    def cancel(self, rundir: RunDir, job: Job, patience: float = PATIENCE_S) -> None:
         """SIGTERM to the batch script, which passes it on to the head; if need be SIGKILL to both."""
         record = rundir.read_record(rundir.path / "local.json", LocalJob)
         if record is None:

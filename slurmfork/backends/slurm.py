@@ -73,7 +73,7 @@ class SlurmBackend:
             reports.update(zip(own, self._queue(cluster).report(list(own.values()), patience), strict=True))
         return [reports[place] for place in range(len(jobs))]
 
-    def cancel(self, rundir: RunDir, job: Job, patience: float) -> None:
+    def cancel(self, rundir: RunDir, job: Job, patience: float = PATIENCE_S) -> None:
         """scancel, for this very job: an id may have been given to another since. Raises BackendError."""
         report = self._queue(job.cluster).look(job)
         if report.state in ENDED_STATES or report.word == GONE:
