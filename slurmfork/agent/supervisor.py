@@ -105,6 +105,8 @@ class Supervisor:
             failed = await self._launch(workers)
         if failed:
             await self._roll_back(workers, failed)
+        for worker in workers:
+            await worker.words_read()
         return [worker.view for worker in workers]
 
     async def _launch(self, workers: list[Worker]) -> dict[str, StartFailed]:

@@ -195,6 +195,11 @@ class Worker:
     def _is_telling(self) -> bool:
         return self._telling is not None and not self._telling.done()
 
+    async def words_read(self) -> None:
+        """Wait until its view has its last words, should it have fallen."""
+        if self._telling is not None and not self._telling.done():
+            await asyncio.wait([self._telling])
+
     async def _tell_with_last_words(self) -> None:
         """Tell the head how it fell, with the end of its log, if the disk has that in time."""
         launch = self._launch
@@ -252,8 +257,7 @@ class Worker:
         """Start it once more; False where that is not wanted any more, or impossible."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._unwanted.wait(), max(0.0, when - self._loop.time()))
-        if self._telling is not None:
-            await asyncio.wait([self._telling])  # that it fell is told before that it runs again
+        await self.words_read()  # that it fell is told before that it runs again
         if not self._wanted or self._site.closing:
             return False
         self.view.restarts += 1
