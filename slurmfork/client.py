@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from slurmfork import credentials
+from slurmfork import credentials, silence
 from slurmfork.errors import Refused, SlurmforkError, Unreachable
 from slurmfork.messages import (
     CancelReply,
@@ -217,7 +217,7 @@ class Client:
             except OSError as error:
                 failure = error
                 continue
-            _notice_silence(raw)
+            silence.notice(raw, int(SILENCE))
             raw.settimeout(min(timeout, SILENCE))
             try:
                 tls = self._context.wrap_socket(raw, server_hostname=name)
@@ -229,17 +229,6 @@ class Client:
             connection.sock = tls
             return connection
         raise failure or OSError("the head has no address")
-
-
-def _notice_silence(raw: socket.socket) -> None:
-    """A head whose machine is gone sends nothing any more: let the kernel find out in seconds, not hours."""
-    silence = int(SILENCE)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, silence // 2)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, silence // 4)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence * 1000)
 
 
 class _OneWrite(http.client.HTTPConnection):

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 import msgspec
 
+from slurmfork import silence
 from slurmfork.errors import Refused, Unreachable
-from slurmfork.messages import Frame
+from slurmfork.orders import Frame
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the event loop."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is of no class of asyncio's
-        _notice_silence(self.fact("socket"))
+        silence.notice(self.fact("socket"), _SILENCE_S)
         self._made()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -154,13 +154,3 @@ class Link(asyncio.Protocol):
         if frame.id and not self.closed:
             answer.id = frame.id
             self._send(answer)
-
-
-def _notice_silence(raw: socket.socket) -> None:
-    """A machine that is gone sends nothing any more: let the kernel find out in seconds, not hours."""
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S // 2)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _SILENCE_S // 4)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)

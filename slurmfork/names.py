@@ -72,8 +72,8 @@ HEAD = "SLURMFORK_HEAD"
 ATTEMPT = "SLURMFORK_ATTEMPT"
 KILL_WAIT = "SLURMFORK_KILL_WAIT"
 DEVICE_FILES = "SLURMFORK_DEVICE_FILES"
-# What a worker is told of itself by other names: a run that it submits must not take it for its own.
-WORKERS_OWN = frozenset(
+# What torchrun tells each of its workers, and so do we.
+RANKS = frozenset(
     {
         "RANK",
         "WORLD_SIZE",
@@ -83,10 +83,10 @@ WORKERS_OWN = frozenset(
         "GROUP_RANK",
         "MASTER_ADDR",
         "MASTER_PORT",
-        "NOTIFY_SOCKET",
-        "TMPDIR",
     }
 )
+# What a worker is told of itself by other names than ours: a run that it submits must not take it for its own.
+WORKERS_OWN = RANKS | {"NOTIFY_SOCKET", "TMPDIR"}
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,38}[A-Za-z0-9])?")
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,46}[A-Za-z0-9])?")

@@ -21,21 +21,9 @@ import msgspec
 
 from slurmfork import credentials, process
 from slurmfork.link import Link
-from slurmfork.messages import (
-    ApiAnswer,
-    ApiCall,
-    EndOrder,
-    EndReport,
-    Going,
-    Join,
-    Order,
-    StartOrder,
-    StopOrder,
-    StopResult,
-    Welcome,
-    WorkerView,
-)
+from slurmfork.messages import StopResult, WorkerView
 from slurmfork.names import WorkerState
+from slurmfork.orders import ApiAnswer, ApiCall, EndOrder, EndReport, Going, Join, Order, StartOrder, StopOrder, Welcome
 from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, new_run_id
 from slurmfork.scratch import node_directory

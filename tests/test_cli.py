@@ -440,7 +440,7 @@ def test_a_directory_that_is_not_believed_does_not_keep_the_others_from_being_cl
     said = say("clean", "--all", "--json")
     assert (said.status, [run["run_id"] for run in said.document["runs"]]) == (0, ["demo-aaaaaa", "demo-cccccc"])
     said = say("clean", "demo-bbbbbb")
-    assert (said.status, "demo-bbbbbb" in said.err, "only this user" in said.err) == (1, True, True)
+    assert (said.status, "demo-bbbbbb" in said.err) == (1, True)
     said = say("prune", "--older-than", "1h", "--yes", "--json")
     assert (said.status, said.document) == (0, {"removed": ["demo-aaaaaa", "demo-cccccc"]})
 

@@ -25,7 +25,7 @@ from running import Shell, environ_of
 from slurmfork import names, process, shm
 from slurmfork.agent import holders
 from slurmfork.agent.holders import App, Holder
-from slurmfork.messages import Finding
+from slurmfork.orders import Finding
 from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, RunRecord
 from slurmfork.shm import SharedMemory

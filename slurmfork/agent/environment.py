@@ -11,7 +11,8 @@ from pathlib import Path
 
 from slurmfork import names
 from slurmfork.agent.node import CUDA, LOCAL_DEVICES, ROCR, ZE, Node
-from slurmfork.messages import Device, Order
+from slurmfork.messages import Device
+from slurmfork.orders import Order
 
 NOTIFY_SOCKET = "NOTIFY_SOCKET"
 

@@ -22,7 +22,8 @@ from slurmfork.agent.command import find
 from slurmfork.agent.node import Node
 from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.starter import Starter
-from slurmfork.messages import Device, Finding
+from slurmfork.messages import Device
+from slurmfork.orders import Finding
 
 SMI_TIMEOUT_S = 8.0
 SMI = ("--query-compute-apps=gpu_bus_id,pid,used_memory", "--format=csv,noheader,nounits")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from slurmfork import names, process
 from slurmfork.errors import RunDirError
 from slurmfork.killing import end_all
-from slurmfork.messages import Finding
+from slurmfork.orders import Finding
 from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, RunRecord
 from slurmfork.scratch import remove_left

@@ -34,7 +34,7 @@ from slurmfork.agent.tree import Trees
 from slurmfork.agent.uplink import Uplink
 from slurmfork.errors import Refused, SlurmforkError
 from slurmfork.journal import Note
-from slurmfork.messages import (
+from slurmfork.orders import (
     ApiAnswer,
     ApiCall,
     EndOrder,

@@ -18,7 +18,8 @@ from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.starter import Starter
 from slurmfork.agent.tree import Trees
 from slurmfork.errors import Refused, RunDirError
-from slurmfork.messages import Device, Order, WorkerView
+from slurmfork.messages import Device, WorkerView
+from slurmfork.orders import Order
 from slurmfork.scratch import Scratch
 from slurmfork.shm import SharedMemory
 

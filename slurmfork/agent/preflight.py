@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from slurmfork.agent import holders, leftovers
 from slurmfork.agent.node import Node
 from slurmfork.agent.starter import Starter
-from slurmfork.messages import Finding
+from slurmfork.orders import Finding
 
 log = logging.getLogger(__name__)
 

@@ -21,17 +21,9 @@ from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.stopping import KILL_BOUND_S, Stopping
 from slurmfork.agent.worker import LAUNCH_TIMEOUT_S, Worker
 from slurmfork.errors import Refused
-from slurmfork.messages import (
-    EndReport,
-    Order,
-    ReserveOrder,
-    SignalOrder,
-    StartOrder,
-    StopOrder,
-    StopResult,
-    WorkerView,
-)
+from slurmfork.messages import StopResult, WorkerView
 from slurmfork.names import WorkerState
+from slurmfork.orders import EndReport, Order, ReserveOrder, SignalOrder, StartOrder, StopOrder
 from slurmfork.process import Identity
 
 log = logging.getLogger(__name__)

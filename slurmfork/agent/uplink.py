@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from slurmfork.errors import Unreachable
 from slurmfork.link import Handler, Link
-from slurmfork.messages import Join, Welcome
+from slurmfork.orders import Join, Welcome
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

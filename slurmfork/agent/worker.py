@@ -20,8 +20,9 @@ from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.standing import Standing
 from slurmfork.agent.starter import Launch
 from slurmfork.agent.stopping import KILL_BOUND_S, Outcome, Stopping
-from slurmfork.messages import Order, StopResult, WorkerView
+from slurmfork.messages import StopResult, WorkerView
 from slurmfork.names import LIVE_STATES, WorkerState
+from slurmfork.orders import Order
 from slurmfork.process import Identity, send
 from slurmfork.scratch import remove
 

@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurmfork.errors import RunDirError, SlurmforkError
+from slurmfork.head import scheduler
 from slurmfork.head.launcher import Launcher
 from slurmfork.head.members import Members
 from slurmfork.head.sweeper import PATIENCE_S, Sweeper
 from slurmfork.head.table import Table
 from slurmfork.head.warning import EndWarning
 from slurmfork.head.workers import STOP_MARGIN, Workers
-from slurmfork.messages import EndOrder, EndReport, WorkerView
+from slurmfork.messages import WorkerView
 from slurmfork.names import OVER_STATES, RunState, WorkerState
+from slurmfork.orders import EndOrder, EndReport
 from slurmfork.rundir import EndRecord, RunDir
 from slurmfork.spec import Spec
 
@@ -197,11 +199,11 @@ class Ending:
             # Before Slurm hears of it: the batch script, which it signals at once, must find a run that goes on.
             self._rundir.write(self._rundir.requeued, b"")
             self._rundir.head.unlink(missing_ok=True)
-            process = await asyncio.create_subprocess_exec("scontrol", "requeue", job_id)
-            if await asyncio.wait_for(process.wait(), 30) == 0:
-                return True
-        except (OSError, RunDirError, asyncio.TimeoutError) as error:
-            log.warning("scontrol requeue: %s", error)
+        except (OSError, RunDirError) as error:
+            log.warning("the run is not requeued: %s", error)
+            return False
+        if await scheduler.ask("scontrol", "requeue", job_id, patience=30) is not None:
+            return True
         with contextlib.suppress(OSError):
             self._rundir.requeued.unlink(missing_ok=True)
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import uvloop
 
 from slurmfork import credentials, logbook, names
 from slurmfork.errors import PlanError, Refused, RunDirError, SlurmforkError
-from slurmfork.head import addresses
+from slurmfork.head import addresses, scheduler
 from slurmfork.head.absentees import BatchLog
 from slurmfork.head.api import Api
 from slurmfork.head.ending import Ending, Verdict
@@ -30,8 +31,9 @@ from slurmfork.head.server import serve
 from slurmfork.head.sweeper import Sweeper
 from slurmfork.head.table import Table
 from slurmfork.head.workers import Workers
-from slurmfork.messages import ApiAnswer, ApiCall, CancelReply, CancelRequest, Going, NodeView, WorkerView
+from slurmfork.messages import CancelReply, CancelRequest, NodeView, WorkerView
 from slurmfork.names import LIVE_STATES, RunState
+from slurmfork.orders import ApiAnswer, ApiCall, Going
 from slurmfork.plan import Node, plan, request
 from slurmfork.process import boot_id, identify
 from slurmfork.rundir import EndRecord, HeadRecord, RunDir, RunRecord
@@ -280,12 +282,9 @@ class Head:
             await self._scancel()
 
     async def _scancel(self) -> None:
-        try:
-            process = await asyncio.create_subprocess_exec("scancel", os.environ["SLURM_JOB_ID"])
-            await asyncio.wait_for(process.wait(), 60)
+        await scheduler.ask("scancel", os.environ["SLURM_JOB_ID"])
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._signalled.wait(), LINGER)
-        except (OSError, asyncio.TimeoutError) as error:
-            log.warning("scancel: %s", error)
 
 
 def _attempt() -> int:

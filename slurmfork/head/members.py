@@ -21,7 +21,8 @@ from slurmfork import credentials
 from slurmfork.errors import Refused, SlurmforkError, Unreachable
 from slurmfork.head.table import natural
 from slurmfork.link import Link
-from slurmfork.messages import Join, NodeView, ReserveOrder, Welcome
+from slurmfork.messages import NodeView
+from slurmfork.orders import Join, ReserveOrder, Welcome
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import logging
 from slurmfork.errors import Refused, SlurmforkError
 from slurmfork.head.members import Members
 from slurmfork.head.table import Table
-from slurmfork.messages import Finding
+from slurmfork.orders import Finding
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from slurmfork.errors import SlurmforkError
+from slurmfork.head import scheduler
 from slurmfork.head.workers import Workers
 from slurmfork.messages import SignalRequest
 from slurmfork.spec import Checkpoint, Spec
@@ -71,19 +72,8 @@ class EndWarning:
         """Seconds until the time limit; None outside of Slurm, without a limit, or where Slurm does not say."""
         if not self._job_id:
             return None
-        argv = ["squeue", "-h", "-j", self._job_id, "-o", "%L"]
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-            )
-            output, _ = await asyncio.wait_for(process.communicate(), 20)
-        except (OSError, asyncio.TimeoutError) as error:
-            log.warning("squeue does not say how long the job still has: %s", error)
-            return None
-        return seconds(output.decode(errors="replace").strip())
+        output = await scheduler.ask("squeue", "-h", "-j", self._job_id, "-o", "%L", patience=20)
+        return None if output is None else seconds(output.strip())
 
 
 def seconds(text: str) -> float | None:

@@ -14,26 +14,23 @@ from typing import cast
 
 import msgspec
 
+from slurmfork import names
 from slurmfork.errors import Refused, SlurmforkError
 from slurmfork.head.members import Members
-from slurmfork.head.orders import RANK_VARIABLES, Rendezvous, order, pending_view
+from slurmfork.head.orders import Rendezvous, order, pending_view
 from slurmfork.head.table import Table
 from slurmfork.messages import (
-    Order,
     PortsReply,
     PortsRequest,
-    ReserveOrder,
-    SignalOrder,
     SignalReply,
     SignalRequest,
-    StartOrder,
-    StopOrder,
     StopReply,
     StopRequest,
     StopResult,
     WorkerView,
 )
 from slurmfork.names import LIVE_STATES, OVER_STATES, RunState, WorkerState, split_target
+from slurmfork.orders import Order, ReserveOrder, SignalOrder, StartOrder, StopOrder
 from slurmfork.plan import Placement
 from slurmfork.rundir import RunDir
 from slurmfork.spec import Role, Spec
@@ -186,7 +183,7 @@ class Workers:
         """A colocated worker has its target's environment, but for the ranks."""
         if target is None or target not in self._orders:
             return {}
-        return {name: value for name, value in self._orders[target].env.items() if name not in RANK_VARIABLES}
+        return {name: value for name, value in self._orders[target].env.items() if name not in names.RANKS}
 
     async def _order(self, orders: Sequence[Order], patience: float) -> None:
         self._starts += 1
