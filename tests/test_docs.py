@@ -13,6 +13,7 @@ from cluster import Factory
 from running import Shell
 
 from slurmfork.cli.main import VERBS
+from slurmfork.head.api import Api
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -36,6 +37,11 @@ def test_every_option_is_documented(verb: str) -> None:
     options = set(re.findall(r"--[a-z-]+", done.stdout))
     assert options
     assert options <= set(re.findall(r"--[a-z-]+", section)), "run scripts/clidoc"
+
+
+def test_every_request_is_documented() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert [route.path for route in Api.routes if f"| `{route.method} {route.path}`" not in page] == []
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)

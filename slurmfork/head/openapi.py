@@ -16,8 +16,8 @@ from slurmfork.version import __version__
 
 _ABOUT = """The API of a run's head, for clients; on a node the agent's Unix socket takes the same requests from \
 processes of the same user, over plain HTTP. Address and port are in the run directory's `head.json`, the certificates \
-in its `credentials`. Unknown fields and wrong types are refused; a body is 1 MiB at most. A request that carries a \
-`request_id` is done once, however often it is sent."""
+in its `credentials`. Unknown fields and wrong types are refused, 1.0 for a whole number too; a body is 1 MiB at most. \
+A request that carries a `request_id` is done once, however often it is sent."""
 _CERTIFICATE = "The run's own: `client.pem`, which `ca.pem` vouches for. Without it the TLS handshake fails."
 _EVERYWHERE = ("malformed", "refused", "internal")
 
