@@ -6,8 +6,11 @@ at from here: it is named, never counted as clean.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from slurmfork import journal, sweep
 from slurmfork.process import boot_id
@@ -32,23 +35,34 @@ def sweep_run(rundir: RunDir, *, grace: float = 2.0) -> Aftermath:
 def _elsewhere(rundir: RunDir) -> list[str]:
     """Nodes of other machines whose journal has a process without an end."""
     here = boot_id()
+    swept = _swept(rundir)
     nodes = []
     for path in sorted(rundir.journals.glob("*.jsonl")):
-        if any(boot != here for boot in _open_boots(path)):
+        starts = [start for start in _unfinished(path) if start.boot_id != here]
+        if any(start.time > swept.get((path.stem, start.boot_id), 0.0) for start in starts):
             nodes.append(path.stem)
     return nodes
 
 
-def _open_boots(path: Path) -> set[str]:
-    """Boot ids (one a machine) of the processes in a journal that have no end."""
-    started: dict[str, str] = {}
+def _unfinished(path: Path) -> list[journal.Started]:
     try:
-        records = journal.read(path)
+        return journal.unfinished(journal.read(path))
     except OSError:
-        return set()
-    for record in records:
-        if isinstance(record, journal.Started):
-            started[record.start_id] = record.boot_id
-        elif isinstance(record, journal.Ended):
-            started.pop(record.start_id, None)
-    return set(started.values())
+        return []
+
+
+def _swept(rundir: RunDir) -> dict[tuple[str, str], float]:
+    """When a sweep that was run there last left nothing, by node and boot id (one a machine)."""
+    found = {}
+    for line in _lines(rundir.sweeps):
+        with contextlib.suppress(msgspec.DecodeError):
+            report = msgspec.json.decode(line, type=sweep.SweepReport)
+            if report.node and not report.survivors:
+                found[report.node, report.boot_id] = report.time
+    return found
+
+
+def _lines(path: Path) -> list[bytes]:
+    with contextlib.suppress(OSError):
+        return path.read_bytes().splitlines()
+    return []

@@ -1,7 +1,8 @@
 """The client: speaks the API to a run's head, over one connection that it holds, under mutual TLS.
 
 Standard library only: it is on the path of every command. A request that was lost with its connection is sent
-again only where that is harmless (reads, and requests that carry a request id).
+again only where that is harmless (reads, and requests that carry a request id). While a request may take long, the
+head is asked now and then on a second connection whether it lives.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import contextlib
 import http.client
 import socket
 import ssl
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from slurmfork import credentials
-from slurmfork.errors import Refused, Unreachable
+from slurmfork import credentials, silence
+from slurmfork.errors import Refused, SlurmforkError, Unreachable
 from slurmfork.messages import (
     CancelReply,
     CancelRequest,
@@ -40,6 +43,8 @@ T = TypeVar("T")
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 30.0
 LONG_TIMEOUT = 7 * 86_400.0  # a fork waits for readiness, a cancel for graces: the head bounds both
+SILENCE = 15.0  # seconds without any word after which a head counts as silent
+PROBE_INTERVAL = 3.0
 
 
 class Client:
@@ -135,7 +140,10 @@ class Client:
         status, answer = self._exchange(method, path, data, timeout, repeat=repeat or method == "GET")
         if status != 200:
             raise _refusal(status, answer)
-        return msgspec.json.decode(answer, type=kind)
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except msgspec.DecodeError as error:  # of another version, perhaps
+            raise Refused(f"the answer of the head of run {self._run_id} makes no sense: {error}", "internal") from None
 
     def _exchange(
         self, method: str, path: str, data: bytes | None, timeout: float, *, repeat: bool
@@ -145,7 +153,7 @@ class Client:
             return self._once(method, path, data, timeout)
         except TimeoutError:
             self.close()
-            raise Unreachable(f"the head of run {self._run_id} did not answer within {timeout:.0f} s") from None
+            raise Unreachable(f"the head of run {self._run_id} does not answer") from None
         except (OSError, http.client.HTTPException) as error:
             self.close()
             if fresh or not repeat:
@@ -155,14 +163,48 @@ class Client:
     def _once(self, method: str, path: str, data: bytes | None, timeout: float) -> tuple[int, bytes]:
         if self._connection is None:
             self._connection = self._open(timeout)
-        assert self._connection.sock is not None
-        self._connection.sock.settimeout(timeout)
-        self._connection.request(method, path, body=data)
-        response = self._connection.getresponse()
-        answer = response.read()
+        tls = self._connection.sock
+        assert tls is not None
+        tls.settimeout(timeout)
+        with self._watched(tls) if timeout > READ_TIMEOUT else contextlib.nullcontext():
+            self._connection.request(method, path, body=data)
+            response = self._connection.getresponse()
+            answer = response.read()
         if response.will_close:
             self.close()
         return response.status, answer
+
+    @contextlib.contextmanager
+    def _watched(self, connection: socket.socket) -> Iterator[None]:
+        """Hang up, and raise TimeoutError, once the head gives no sign of life on another connection either."""
+        done, hung_up = threading.Event(), threading.Event()
+
+        def hang_up() -> None:
+            hung_up.set()
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not SSLSocket's own, which is for one thread
+
+        threading.Thread(target=self._watch, args=(done, hang_up), daemon=True).start()
+        try:
+            yield
+        except (OSError, http.client.HTTPException):
+            if hung_up.is_set():
+                raise TimeoutError from None
+            raise
+        finally:
+            done.set()
+
+    def _watch(self, done: threading.Event, hang_up: Callable[[], None]) -> None:
+        heard = time.monotonic()
+        with Client(self._addresses, self._port, self._directory, self._run_id) as probe:
+            while not done.wait(PROBE_INTERVAL):
+                try:
+                    probe.health(timeout=max(0.1, heard + SILENCE - time.monotonic()))
+                    heard = time.monotonic()
+                except SlurmforkError:
+                    if time.monotonic() + PROBE_INTERVAL >= heard + SILENCE:
+                        hang_up()
+                        return
 
     def _open(self, timeout: float) -> http.client.HTTPConnection:
         if self._context is None:
@@ -175,7 +217,8 @@ class Client:
             except OSError as error:
                 failure = error
                 continue
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            silence.notice(raw, int(SILENCE))
+            raw.settimeout(min(timeout, SILENCE))
             try:
                 tls = self._context.wrap_socket(raw, server_hostname=name)
             except BaseException:

@@ -59,6 +59,10 @@ class BackendError(SlurmforkError):
     """The scheduler refused or failed; the message holds its own words."""
 
 
+class Unanswered(BackendError):
+    """The scheduler did not say whether it took a job: it may have, or still take it."""
+
+
 class RunDirError(SlurmforkError):
     """The run directory cannot be written, read, or is not what it should be."""
 

@@ -14,8 +14,9 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from slurmfork import silence
 from slurmfork.errors import Refused, Unreachable
-from slurmfork.messages import Frame
+from slurmfork.orders import Frame
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,6 +25,7 @@ MAX_FRAME = 64 * 1024 * 1024  # a plan of thousands of workers with their enviro
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Frame)
 
+_SILENCE_S = 20
 Handler = Callable[[str, msgspec.Raw], Awaitable[Any]]
 
 
@@ -58,6 +60,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the event loop."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is of no class of asyncio's
+        silence.notice(self.fact("socket"), _SILENCE_S)
         self._made()
 
     def connection_lost(self, exc: Exception | None) -> None:

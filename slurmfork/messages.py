@@ -1,15 +1,15 @@
-"""What head, agents and clients say to each other: typed structs, so that nothing malformed gets past decoding.
+"""What clients and head say to each other, JSON over HTTPS: typed structs; nothing malformed gets past decoding.
 
-Two dialects. *API*: JSON over HTTPS between a client and the head (requests in, views out). *Link*: one JSON
-document a line over the mutual-TLS connection that each agent holds to the head (``slurmfork.link``).
-Strict: unknown fields and wrong types are errors. All times are seconds since the epoch, all durations seconds.
+Requests in, views out. What comes from outside is strict: unknown fields and wrong types are errors. All times are
+seconds since the epoch, all durations seconds. ``slurmfork.orders`` has what head and agents say on their link.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
@@ -17,7 +17,6 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from slurmfork import names
 from slurmfork.errors import UsageError
 from slurmfork.names import WorkerState
-from slurmfork.spec.model import Ready, Restart, Stop
 
 R = TypeVar("R", bound=Struct)
 
@@ -35,27 +34,6 @@ class Strict(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 # --- workers -----------------------------------------------------------------------------------------------
-
-
-class Order(Strict, kw_only=True, omit_defaults=True):
-    """What the head orders an agent to start: one worker, complete but for what only the node knows.
-
-    ``devices`` are positions in the node's list of granted devices, None for a node's worker that shall see
-    no restriction at all (never used for GPUs). ``env`` holds the run's, the role's and the rank variables;
-    the agent adds devices, ports, paths and readiness.
-    """
-
-    worker: WorkerName
-    command: str | list[str]
-    cwd: str
-    env: dict[EnvName, Text] = field(default_factory=dict)
-    devices: list[int] = field(default_factory=list)
-    target: WorkerName | None = None
-    rank: int = 0
-    ports: int = 0
-    ready: Ready | None = None
-    restart: Restart = field(default_factory=Restart)
-    stop: Stop = field(default_factory=Stop)
 
 
 class WorkerView(Struct, kw_only=True):
@@ -251,12 +229,16 @@ class PortsReply(Struct, kw_only=True):
 
 
 class CancelReply(Struct, kw_only=True):
-    """How a cancelled run ended; sent when nothing of it runs on any node that could be asked."""
+    """How a cancelled run ended; sent when nothing of it runs on any node that could be asked.
+
+    ``notes``: what else went wrong, as a scheduler that would not cancel the job.
+    """
 
     state: names.RunState
     survivors: int
     unverified: list[str] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class ErrorReply(Struct, kw_only=True):
@@ -285,127 +267,10 @@ class EventsReply(Struct, kw_only=True):
     events: list[Event]
 
 
-# --- link: agent <-> head ----------------------------------------------------------------------------------
-
-
-class Join(Strict, kw_only=True):
-    """The first thing that an agent says: who it is and what its node was granted."""
-
-    node: str
-    hostname: str
-    address: str
-    devices: list[Device]
-    cpus: int
-    agent_pid: int
-    guardian_pid: int
-    boot_id: str
-    guarantee: Literal["cgroup", "rings"]
-    version: str
-    notes: list[str] = field(default_factory=list)
-
-
-class Welcome(Strict, kw_only=True):
-    """The head's answer to ``Join``. ``heartbeat``: seconds between two looks at the workers' trees.
-
-    ``lease``: seconds for which an agent that lost its link tries to get it back, before it stops everything.
-    ``address``: what the head knows of the node's own address (Slurm's NodeAddr), empty where it knows none.
-    """
-
-    run_id: str
-    heartbeat: float = 10.0
-    lease: float = 5.0
-    address: str = ""
-
-
-class StartOrder(Strict, kw_only=True):
-    """Head to agent: start these workers, all or none; answered by a list of WorkerView once each has begun.
-
-    ``request_id``: asked twice, done once. ``reserved``: key -> ports reserved before by ``ReserveOrder`` to be
-    owned by the workers named so.
-    """
-
-    request_id: RequestId
-    orders: list[Order]
-
-
-class ReserveOrder(Strict, kw_only=True):
-    """Head to agent: reserve ports; ``owner`` is the worker (or ``role:NAME``) whose end releases them."""
-
-    owner: str
-    count: int
-
-
-class StopOrder(Strict, kw_only=True):
-    """Head to agent: stop these workers with their trees; answered by a list of StopResult when they are gone.
-
-    ``forget``: drop them from the table afterwards, so that their names are free again.
-    """
-
-    workers: list[WorkerName]
-    grace: float | None = None
-    forget: bool = False
-
-
-class SignalOrder(Strict, kw_only=True):
-    """Head to agent: send a signal to these workers."""
-
-    workers: list[WorkerName]
-    signal: str
-
-
-class EndOrder(Strict, kw_only=True):
-    """Head to agent: stop everything within ``budget`` seconds (None: as each worker's grace asks), sweep, exit.
-
-    Answered by EndReport before the agent exits.
-    """
-
-    budget: float | None = None
-
-
-class EndReport(Strict, kw_only=True):
-    """Agent to head: what the end of the node's work left. ``survivors`` describes each process still there."""
-
-    survivors: list[str] = field(default_factory=list)
-    results: list[StopResult] = field(default_factory=list)
-
-
-class ApiCall(Strict, kw_only=True):
-    """Agent to head: an API request that a worker made on the agent's Unix socket, passed on as it came."""
-
-    method: str
-    path: str
-    body: str = ""
-    worker: str | None = None
-
-
-class ApiAnswer(Strict, kw_only=True):
-    """Head to agent: the answer to an ApiCall."""
-
-    status: int
-    body: str
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class Going(Strict, kw_only=True):
-    """Agent to head, unasked: this node was told to end (SIGTERM from Slurm, its guardian's death ...)."""
-
-    reason: str
-
-
-class Frame(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """One line on the link. ``id`` pairs a request with its answer; without one it is a notice.
-
-    ``op`` is the request's or the notice's name, empty for an answer; ``error`` set: the request failed.
-    """
-
-    id: int = 0
-    op: str = ""
-    body: msgspec.Raw = msgspec.Raw(b"null")
-    error: str = ""
-    kind: str = ""
-
-
 # --- making requests ---------------------------------------------------------------------------------------
+
+
+_NAMES = {"role": "not a role's name", "target": "neither a role nor a worker (role/index)"}
 
 
 def new_request_id() -> str:
@@ -424,6 +289,10 @@ def fork_request(
     request_id: str | None = None,
 ) -> ForkRequest:
     """A fork request, with an id of its own if none is given; raises UsageError for what the head would refuse."""
+    if command is not None and (isinstance(command, str) or not isinstance(command, Sequence)):
+        raise UsageError(f"command is a list of words, not {command!r}; for a shell it is ['sh', '-c', TEXT]")
+    if env is not None and not isinstance(env, Mapping):
+        raise UsageError(f"env maps names to values; it is not {env!r}")
     return checked(
         ForkRequest(
             role=role,
@@ -441,5 +310,13 @@ def checked(request: R) -> R:
     """A request held to the rules of its type, before anything is sent; raises UsageError."""
     try:
         return msgspec.json.decode(msgspec.json.encode(request), type=type(request))
-    except msgspec.ValidationError as error:
-        raise UsageError(str(error)) from None
+    except (msgspec.ValidationError, TypeError) as error:
+        raise UsageError(_plainly(request, str(error))) from None
+
+
+def _plainly(request: Struct, told: str) -> str:
+    """What is wrong with a name, without the pattern that it does not match."""
+    found = re.search(r"matching regex .* `\$\.(\w+)`$", told)
+    if found is None or found[1] not in _NAMES:
+        return told
+    return f"{getattr(request, found[1])!r} is {_NAMES[found[1]]}"

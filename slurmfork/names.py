@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class RunState(str, Enum):
-    """State of a run. ``ENDED_STATES`` are final."""
+    """State of a run. ``ENDED_STATES`` are final. ``UNKNOWN``: what its directory holds cannot be read."""
 
     PENDING = "pending"
     STARTING = "starting"
@@ -22,6 +22,7 @@ class RunState(str, Enum):
     TIMEOUT = "timeout"
     PREEMPTED = "preempted"
     NODE_FAIL = "node_fail"
+    UNKNOWN = "unknown"
 
     def __str__(self) -> str:
         return self.value
@@ -68,6 +69,24 @@ PORTS = "SLURMFORK_PORTS"
 AGENT = "SLURMFORK_AGENT"
 TARGET = "SLURMFORK_TARGET"
 HEAD = "SLURMFORK_HEAD"
+ATTEMPT = "SLURMFORK_ATTEMPT"
+KILL_WAIT = "SLURMFORK_KILL_WAIT"
+DEVICE_FILES = "SLURMFORK_DEVICE_FILES"
+# What torchrun tells each of its workers, and so do we.
+RANKS = frozenset(
+    {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "NODE_RANK",
+        "GROUP_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+)
+# What a worker is told of itself by other names than ours: a run that it submits must not take it for its own.
+WORKERS_OWN = RANKS | {"NOTIFY_SOCKET", "TMPDIR"}
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,38}[A-Za-z0-9])?")
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,46}[A-Za-z0-9])?")

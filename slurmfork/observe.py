@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -19,7 +20,10 @@ from slurmfork.messages import NodeView, StatusView, WorkerCounts, WorkerView
 from slurmfork.names import ENDED_STATES, OVER_STATES, RunState, WorkerState
 from slurmfork.rundir import EndRecord, HeadRecord, RunDir, RunRecord
 
+T = TypeVar("T")
+
 HEAD_TIMEOUT = 3.0
+LATE_WORD = 60.0  # seconds that what a compute node wrote may take to be seen here
 # Slurm knows better than the head, which saw a SIGTERM and no more, why a job was ended.
 SLURM_KNOWS_BETTER = frozenset({RunState.TIMEOUT, RunState.PREEMPTED, RunState.NODE_FAIL})
 
@@ -28,7 +32,8 @@ class RunStatus(msgspec.Struct, kw_only=True):
     """A run as `status` shows it.
 
     ``source`` says whose word this is (``end``, ``head``, ``saved``, ``scheduler``, ``submit``) and ``age`` how
-    many seconds old it is. ``scheduler`` is the scheduler's own word for the job, where it was asked.
+    many seconds old it is. ``scheduler`` is the scheduler's own word for the job, where it was asked. ``attempt``
+    counts how often it was requeued.
     """
 
     run_id: str
@@ -51,6 +56,7 @@ class RunStatus(msgspec.Struct, kw_only=True):
     ready: float | None = None
     ended: float | None = None
     run_dir: str = ""
+    attempt: int = 0
 
     @property
     def over(self) -> bool:
@@ -59,13 +65,21 @@ class RunStatus(msgspec.Struct, kw_only=True):
 
 
 class Observation:
-    """One look at one run. ``status`` and ``views`` are filled by ``look``."""
+    """One look at one run. ``damage`` says what of it cannot be read, and is told where no head answers."""
 
     def __init__(self, rundir: RunDir, record: RunRecord) -> None:
         self.rundir = rundir
         self.record = record
-        self.end = rundir.read_record(rundir.end, EndRecord)
-        self.head = rundir.read_record(rundir.head, HeadRecord)
+        self.damage = ""
+        self.end = self._read(rundir.end, EndRecord)
+        self.head = self._read(rundir.head, HeadRecord)
+
+    def _read(self, path: Path, kind: type[T]) -> T | None:
+        try:
+            return self.rundir.read_record(path, kind)
+        except RunDirError as error:
+            self.damage = str(error)
+            return None
 
     def needs_scheduler(self) -> bool:
         """Whether the scheduler's word may change anything: not once a run ended by its own doing."""
@@ -89,19 +103,24 @@ class Observation:
             run_dir=str(self.rundir.path),
             scheduler=report.word if report else "",
             age=time.time() - self.record.submitted,
+            attempt=self.head.attempt if self.head else 0,
         )
-        if self.end is not None:
-            view = self._saved()
-            self._take_view(status, view, "end")
-            self._take_end(status, self.end, report)
-            return status, _closed(view)
-        view = self._ask_head()
+        view = self._ask_head() if self.end is None else None
         if view is not None:
             self._take_view(status, view, "head")
             return status, view.workers
+        if self.end is None and not self.damage and self._is_over(report):  # since the first look, perhaps
+            self.end, self.head = self._read(self.rundir.end, EndRecord), self._read(self.rundir.head, HeadRecord)
         view = self._saved()
+        if self.end is not None:
+            self._take_view(status, view, "end")
+            self._take_end(status, self.end, report)
+            return status, _closed(view)
         self._take_view(status, view, "saved")
-        self._take_report(status, report)
+        if self.damage:
+            status.state, status.reason = RunState.UNKNOWN, self.damage
+        else:
+            self._take_report(status, report)
         return status, _closed(view) if status.over else (view.workers if view else [])
 
     def _ask_head(self) -> StatusView | None:
@@ -111,6 +130,9 @@ class Observation:
         with client, contextlib.suppress(SlurmforkError):
             return client.status(timeout=HEAD_TIMEOUT)
         return None
+
+    def _is_over(self, report: JobReport | None) -> bool:
+        return (report is not None and report.state in ENDED_STATES) or self.rundir.batch_status.exists()
 
     def _saved(self) -> StatusView | None:
         with contextlib.suppress(RunDirError):
@@ -129,7 +151,10 @@ class Observation:
         status.state, status.reason, status.exit_status = end.state, end.reason, end.exit_status
         status.survivors, status.unverified, status.ended = end.survivors, end.unverified, end.ended
         status.source, status.age = "end", max(0.0, time.time() - end.ended)
-        if end.outside and report and report.state in SLURM_KNOWS_BETTER:
+        if end.outside and report and self.record.requeue and report.state is RunState.PENDING:
+            status.state, status.source, status.ended = RunState.PENDING, "scheduler", None
+            status.reason = f"requeued: {report.reason}" if report.reason else "requeued"
+        elif end.outside and report and report.state in SLURM_KNOWS_BETTER:
             status.state = report.state
             status.reason = f"Slurm ended the job: {report.word}"
 
@@ -149,10 +174,29 @@ class Observation:
             status.state = report.state if self.head is None else status.state
             status.reason = silent or report.reason
             status.source, status.age = ("saved" if self.head else "scheduler"), time.time() - report.fresh
+        elif self.record.job_id is None:
+            status.reason = silent or "the scheduler has not said that it has the job"
         else:
-            status.reason = silent or (report.reason if report else "") or f"submitted {status.age:.0f} s ago"
+            status.reason = silent or (report.reason if report else "")
+        if status.state is RunState.COMPLETED and self.head is None:
+            self._take_headless(status, (report and report.ended) or _changed(self.rundir.batch_status))
         if status.over and status.exit_status is None and status.state is RunState.FAILED:
             status.exit_status = 1
+
+    def _take_headless(self, status: RunStatus, ended: float) -> None:
+        """A script that ended well and had no head has run nothing; but a network file system may hold it back."""
+        if time.time() - ended < LATE_WORD:
+            status.state, status.exit_status = RunState.STOPPING, None
+            status.reason = "the job is over; the last word of its head is not here yet"
+        else:
+            status.state, status.exit_status = RunState.FAILED, None
+            status.reason = "the batch script ended without having started a head: is there an `exec` in setup?"
+
+
+def _changed(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _batch_status(path: Path) -> int | None:

@@ -4,13 +4,14 @@ Standard library only and light, because the guardian lives on it (so no pathlib
 a bare PID where the kernel has pidfds, and nothing here starts a process.
 """
 
-# ruff: noqa: PTH110, PTH116, PTH208
+# ruff: noqa: PTH110, PTH115, PTH116, PTH208
 
 from __future__ import annotations
 
 import functools
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -96,6 +97,18 @@ def _matches(identity: Identity, stat: _Stat) -> bool:
     return stat.start_time == identity.start_time and identity.boot_id == boot_id()
 
 
+def name(pid: int) -> str:
+    """What the kernel calls a process, 15 characters at most; empty: gone."""
+    stat = _stat(pid)
+    return stat.comm if stat else ""
+
+
+def begun(identity: Identity) -> float:
+    """When a process of this boot was started, in seconds since the epoch."""
+    uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.time() - uptime + identity.start_time / os.sysconf("SC_CLK_TCK")
+
+
 def owner(pid: int) -> int | None:
     """The real uid of a process, read where a process that hides its memory still shows it; None: gone."""
     try:
@@ -107,6 +120,41 @@ def owner(pid: int) -> int | None:
     return int(fields[1]) if len(fields) > 1 else None
 
 
+class OpenFile(NamedTuple):
+    """A file that a process has open; ``link`` leads to it even where its ``path`` is another's."""
+
+    path: str
+    link: str
+
+    @property
+    def writable(self) -> bool:
+        """Whether it is open to be written to."""
+        try:
+            return bool(os.lstat(self.link).st_mode & 0o200)
+        except _HIDDEN:
+            return False
+
+
+def open_files(pid: int) -> Iterator[OpenFile]:
+    """What a process has open, as far as it may be looked at; the files themselves, which may hang, are not asked."""
+    try:
+        numbers = os.listdir(f"/proc/{pid}/fd")
+    except _HIDDEN:
+        return
+    for number in numbers:
+        with suppress(*_HIDDEN):
+            link = f"/proc/{pid}/fd/{number}"
+            yield OpenFile(os.readlink(link), link)
+
+
+def maps(pid: int) -> bytes:
+    """What a process has mapped, as /proc/PID/maps has it; empty where it may not be looked at."""
+    try:
+        return _read(f"/proc/{pid}/maps")
+    except _HIDDEN:
+        return b""
+
+
 # --- trees -------------------------------------------------------------------------------------------------
 
 
@@ -115,14 +163,15 @@ def _kernel_lists_children() -> bool:
     return os.path.exists("/proc/thread-self/children")
 
 
-def _pids() -> Iterator[int]:
+def pids() -> Iterator[int]:
+    """The PIDs of all processes that can be seen from here."""
     return (int(name) for name in os.listdir("/proc") if name.isdigit())
 
 
 def _scan() -> dict[int, list[int]]:
     """Children of every process, for kernels without CONFIG_PROC_CHILDREN."""
     tree: dict[int, list[int]] = {}
-    for pid in _pids():
+    for pid in pids():
         if stat := _stat(pid):
             tree.setdefault(stat.parent, []).append(pid)
     return tree
@@ -186,11 +235,13 @@ def ancestors(pid: int) -> frozenset[int]:
 # --- tags --------------------------------------------------------------------------------------------------
 
 
-def environ(pid: int) -> dict[str, str] | None:
-    """The environment that a process was started with; None: gone, or not ours to read."""
+def environ(pid: int, having: str = "") -> dict[str, str] | None:
+    """The environment that a process was started with; None: gone, not ours to read, or without ``having``."""
     try:
         data = _environment(pid)
     except _HIDDEN:
+        return None
+    if having and having.encode() + b"=" not in data:
         return None
     pairs = (os.fsdecode(entry).partition("=") for entry in data.split(b"\0") if entry)
     return {name: value for name, _, value in pairs}
@@ -230,13 +281,13 @@ def walk_tagged(run_id: str, node: str | None = None, *, job_id: str | None = No
     )
     uid, looked_at = os.geteuid(), {os.getpid()}
     for _ in range(_LISTINGS):
-        new = [pid for pid in _pids() if pid not in looked_at]
+        new = [pid for pid in pids() if pid not in looked_at]
         if not new:  # so nothing slipped away by forking while we looked
             return
         looked_at.update(new)
         for pid in reversed(new):  # the latest may not be there for long
             # A program that is set-uid looks like its owner's there; who started it takes longer to read.
-            if not _owned(pid, uid) or not _carries(pid, marks) or owner(pid) != uid:
+            if not owned(pid, uid) or not _carries(pid, marks) or owner(pid) != uid:
                 continue
             identity = identify(pid)
             # Looked at again: had the PID changed hands, the first look would be about another process.
@@ -250,7 +301,8 @@ class _Marks(NamedTuple):
     job: bytes
 
 
-def _owned(pid: int, uid: int) -> bool:
+def owned(pid: int, uid: int) -> bool:
+    """Whether a process runs as this user, and lets itself be looked at."""
     try:
         return os.stat(f"/proc/{pid}").st_uid == uid
     except _HIDDEN:
@@ -312,14 +364,16 @@ def describe(identity: Identity) -> str:
     if stat is None or not _matches(identity, stat):
         return f"pid {identity.pid} (gone)"
     place = _wchan(identity.pid) if stat.state == "D" else ""
-    return f"pid {identity.pid} ({_command(identity.pid) or stat.comm}), state {stat.state}{place}"
+    return f"pid {identity.pid} ({command(identity.pid)}), state {stat.state}{place}"
 
 
-def _command(pid: int) -> str:
+def command(pid: int) -> str:
+    """A process's command line in one line, cut if it is long; its name where it shows none."""
     try:
         words = _read(f"/proc/{pid}/cmdline").rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
     except _HIDDEN:
-        return ""
+        words = ""
+    words = words or name(pid)
     shown = words if len(words) <= _SHOWN else words[: _SHOWN - 3] + "..."
     return "".join(char if char.isprintable() else "?" for char in shown)
 

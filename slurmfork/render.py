@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).with_name("templates")
 _OURS = {"slurm": "sbatch.sh.j2", "local": "local.sh.j2"}
 _END = "END_OF_SETUP"
+EPILOG_GRACE_S = 2
+EPILOG_LIMIT_S = 20
 
 
 def render(
@@ -54,7 +56,7 @@ def render(
         "setup_end": _end_of(spec.setup),
     }
     try:
-        return _environment(own).get_template(str(own) if own else _OURS[spec.backend]).render(values)
+        text = _environment(own).get_template(str(own) if own else _OURS[spec.backend]).render(values)
     except jinja2.TemplateNotFound as error:
         wanted = str(error.name)
         file = str(own) if own and wanted != str(own) else None
@@ -67,6 +69,16 @@ def render(
         file, line = _place(error)
         words = str(error) if isinstance(error, (jinja2.TemplateError, Unfit)) else f"{type(error).__name__}: {error}"
         raise SpecError([Problem(words, line=line, file=file)]) from None
+    text = text.lstrip()  # what stands before a template's {% extends %} comes out too, a blank line mostly
+    if not text.startswith("#!"):
+        raise SpecError([Problem("the script that it makes does not begin with #!, as Slurm wants it", file=str(own))])
+    return text
+
+
+def epilog(*, python: str, package: Path) -> str:
+    """The script that a site may have Slurm run on each node at the end of each job."""
+    values = {"python": python, "package": package, "grace": EPILOG_GRACE_S, "limit": EPILOG_LIMIT_S}
+    return _environment(None).get_template("epilog.sh.j2").render(values)
 
 
 class Unfit(ValueError):

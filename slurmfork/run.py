@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slurmfork import backends, rundir
-from slurmfork.backends.base import Backend, Job, JobReport
+from slurmfork.backends.base import PATIENCE_S, Backend, Job, JobReport
 from slurmfork.client import Client
-from slurmfork.errors import RunDirError, StillAlive, Unreachable, UsageError
+from slurmfork.errors import BackendError, Refused, RunDirError, StillAlive, Unreachable, UsageError
 from slurmfork.messages import (
     CancelReply,
     CancelRequest,
@@ -33,11 +33,13 @@ from slurmfork.messages import (
 from slurmfork.names import RunState
 from slurmfork.observe import Observation, RunStatus
 from slurmfork.rundir import EndRecord, RunDir, RunRecord
-from slurmfork.spec import Spec
+from slurmfork.spec import Spec, Stop
 
 POLL = 0.05  # seconds between looks at a file that another node will write
 SCHEDULER_POLL = 2.0  # seconds between asking the backend, which asks Slurm still more seldom
+QUICK = 5.0  # seconds for the scheduler's word where somebody sits and waits for an answer
 END_PATIENCE = 60.0
+END_MARGIN = 20.0  # seconds beyond the workers' grace that an end in order may take
 HEAD_PATIENCE = 15.0  # seconds of silence after which a followed head is asked whether it lives
 
 
@@ -76,6 +78,9 @@ class Run:
             raise RunDirError(f"{directory.path} is not a run directory")
         if record.run_id != directory.run_id:
             raise RunDirError(f"{directory.path} is the directory of {record.run_id}: give it that name again")
+        if record.job_id is None:  # who submitted it was killed before it could say so
+            with suppress(UsageError, RunDirError):
+                record.job_id = backends.get(record.backend).started(directory)
         return cls(directory, record)
 
     @property
@@ -112,7 +117,7 @@ class Run:
 
     def workers(self, role: str | None = None) -> list[WorkerView]:
         """Every worker that the run has or had, forked ones too, by role and index."""
-        views = statuses([self])[0][1]
+        views = statuses([self], QUICK)[0][1]
         return [view for view in views if role in (None, view.role)]
 
     def events(self, since: int = 0, timeout: float | None = None) -> Iterator[Event]:
@@ -127,6 +132,8 @@ class Run:
         """
         if for_ not in ("ready", "done"):
             raise UsageError(f"wait for 'ready' or 'done', not for {for_!r}")
+        if timeout is not None and not isinstance(timeout, (int, float)):
+            raise UsageError(f"timeout is a number of seconds, or None; not {timeout!r}")
         deadline = None if timeout is None else time.monotonic() + timeout
         for status in self.progress(deadline):
             if status.over or (for_ == "ready" and status.state is RunState.READY):
@@ -136,10 +143,12 @@ class Run:
     def progress(self, deadline: float | None = None) -> Iterator[RunStatus]:
         """The run's status whenever it changed (by the head's events) or may have (by the scheduler).
 
-        Stops at the run's end, or at ``deadline``, a time of time.monotonic().
+        Stops at the run's end, or at ``deadline``, a time of time.monotonic(). Raises RunDirError if it is damaged.
         """
         while deadline is None or time.monotonic() < deadline:
             status = self.status()
+            if status.state is RunState.UNKNOWN:
+                raise RunDirError(status.reason)
             yield status
             if status.over:
                 return
@@ -214,36 +223,58 @@ class Run:
         """End the run, and verify: ``survivors`` counts what is left on the nodes that could be asked.
 
         First the head is asked, which stops all workers with their own grace; then the scheduler's job is
-        cancelled. Cancelling a run that is over changes nothing.
+        cancelled: if that fails after the head has verified, ``notes`` says so. Cancelling a run that is over
+        changes nothing.
         """
-        end = self.rundir.read_record(self.rundir.end, EndRecord)
-        if end is not None:
+        if end := self._end():
+            if self.record.requeue and end.outside and self.job is not None:  # Slurm may have it in its queue again
+                self.backend.cancel(self.rundir, self.job, END_MARGIN)
             return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
-        reply = self._ask_head_to_cancel(reason)
-        if self.job is not None:
-            self.backend.cancel(self.rundir, self.job)
+        reply = self._ask_head_to_cancel(checked(CancelRequest(reason=reason)))
         if reply is None:
-            reply = self._verify_without_head(reason)
+            if self.job is not None:
+                self.backend.cancel(self.rundir, self.job, self._longest_grace() + END_MARGIN)
+            return self._verify_without_head(reason)
+        try:
+            if self.job is not None:
+                self.backend.cancel(self.rundir, self.job, END_MARGIN)
+        except BackendError as error:
+            reply.notes.append(f"the job could not be cancelled, and ends by itself: {error}")
         else:
-            self._await_file(self.rundir.batch_status, END_PATIENCE)
+            self._await_end(END_PATIENCE)
         return reply
 
-    def _ask_head_to_cancel(self, reason: str) -> CancelReply | None:
+    def _end(self) -> EndRecord | None:
+        """How the run ended; None if it did not, or if that cannot be read."""
+        with suppress(RunDirError):
+            return self.rundir.read_record(self.rundir.end, EndRecord)
+        return None
+
+    def _ask_head_to_cancel(self, request: CancelRequest) -> CancelReply | None:
+        """None: no head answers, or one with a fault of its own; the job can be cancelled all the same."""
         try:
             with self._head() as client:
-                return client.cancel(CancelRequest(reason=reason))
-        except (Unreachable, RunDirError):
+                return client.cancel(request)
+        except (Unreachable, Refused, RunDirError):
             return None
+
+    def _longest_grace(self) -> float:
+        """Seconds that the slowest role may take to stop; a role's default where the spec cannot be read."""
+        with suppress(RunDirError):
+            return max((role.stop.grace for role in self.spec().roles.values()), default=0.0)
+        return Stop().grace
 
     def _verify_without_head(self, reason: str) -> CancelReply:
         """The job never ran, or its head is gone: wait for the job's end, then look at what can be looked at."""
+        if self.job is None:
+            self.rundir.script.unlink(missing_ok=True)  # a job that the scheduler took after all ends without it
         deadline = time.monotonic() + END_PATIENCE
         while not self._job_is_over():
             if time.monotonic() >= deadline:
                 waited = f"within {END_PATIENCE:.0f} s"
-                raise StillAlive(f"the job {self.job_id} of run {self.run_id} has not ended {waited}")
+                raise StillAlive(f"the job {self.job_id or ''} of run {self.run_id} has not ended {waited}")
             time.sleep(POLL)
-        if end := self.rundir.read_record(self.rundir.end, EndRecord):
+        if end := self._end():
             return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
         from slurmfork import aftermath
 
@@ -257,6 +288,7 @@ class Run:
             ended=time.time(),
         )
         self.rundir.write_record(self.rundir.end, record)  # no head is there that could
+        self.rundir.secrets.unlink(missing_ok=True)
         return CancelReply(
             state=record.state,
             survivors=record.survivors,
@@ -266,13 +298,16 @@ class Run:
 
     def _job_is_over(self) -> bool:
         """Whether the batch script is done, with its sweep, which comes after the head's own end record."""
-        if self.job is None or self.rundir.batch_status.exists():
+        if self.rundir.batch_status.exists():
             return True
+        if self.job is None:  # nobody knows of a job: the script runs if it has begun to write
+            return not self.rundir.batch_log.exists()
         return self.backend.ended(self.rundir, self.job)
 
-    def _await_file(self, path: Path, patience: float) -> None:
+    def _await_end(self, patience: float) -> None:
+        """Wait for the batch script: what it sweeps belongs to the cancel."""
         until = time.monotonic() + patience
-        while not path.exists() and time.monotonic() < until:
+        while not self._job_is_over() and time.monotonic() < until:
             time.sleep(POLL)
 
     @contextmanager
@@ -282,25 +317,35 @@ class Run:
         if seen.end is not None:
             raise Unreachable(f"run {self.run_id} is over: {seen.end.state}, {seen.end.reason}")
         client = seen.client()
+        if client is None and seen.damage:
+            raise RunDirError(seen.damage)
         if client is None:
             raise Unreachable(f"run {self.run_id} has not started yet; `slurmfork wait {self.run_id} --for ready`")
         with client:
             yield client
 
 
-def statuses(runs: Sequence[Run]) -> list[tuple[RunStatus, list[WorkerView]]]:
-    """Status and workers of each run; each scheduler is asked once for all of its runs, all heads at once."""
+def statuses(runs: Sequence[Run], patience: float = PATIENCE_S) -> list[tuple[RunStatus, list[WorkerView]]]:
+    """Status and workers of each run; each scheduler is asked once for all of its runs, all heads at once.
+
+    ``patience``: seconds for a scheduler, whose last word counts then, however old; "don't know" is never "gone".
+    A run that is damaged is ``unknown``, with the reason, and keeps nothing from the others.
+    """
     seen = [Observation(run.rundir, run.record) for run in runs]
-    reports: dict[tuple[str, str], JobReport] = {}
-    for name in sorted({run.record.backend for run in runs}):
-        asked = [
-            (run.rundir, run.job)
-            for run, look in zip(runs, seen, strict=True)
-            if run.record.backend == name and run.job is not None and look.needs_scheduler()
-        ]
-        if asked:
-            reports.update({(name, job): report for job, report in backends.get(name).report(asked).items()})
-    words = [reports.get((run.record.backend, run.job_id or "")) for run in runs]
+    asked: dict[str, dict[int, tuple[RunDir, Job]]] = {}
+    for place, run in enumerate(runs):
+        if run.job is not None and seen[place].needs_scheduler():
+            asked.setdefault(run.record.backend, {})[place] = (run.rundir, run.job)
+    words: list[JobReport | None] = [None] * len(runs)
+    for name, jobs in asked.items():
+        try:
+            reports = backends.get(name).report(list(jobs.values()), patience)
+        except UsageError as error:
+            for place in jobs:
+                seen[place].damage = str(error)
+            continue
+        for place, report in zip(jobs, reports, strict=True):
+            words[place] = report
     if len(runs) < 2:
         return [look.look(word) for look, word in zip(seen, words, strict=True)]
     from concurrent.futures import ThreadPoolExecutor

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from slurmfork import names
-from slurmfork.errors import RunDirError, RunNotFound
+from slurmfork.errors import RunDirError, RunNotFound, UsageError
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ class RunRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     job_id: str | None = None
     cluster: str | None = None
     nodes: int | None = None
+    requeue: bool = False
 
 
 class HeadRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -132,6 +133,16 @@ class RunDir:
     @property
     def end(self) -> Path:
         return self.path / "end.json"
+
+    @property
+    def requeued(self) -> Path:
+        """There while the job of a run that ended is in the queue again."""
+        return self.path / "requeued"
+
+    @property
+    def sweeps(self) -> Path:
+        """sweep.jsonl, a report for each sweep that was run at the end."""
+        return self.path / "sweep.jsonl"
 
     @property
     def credentials(self) -> Path:
@@ -278,8 +289,11 @@ def _is_run(rundir: RunDir) -> bool:
 def find(root: Path, wanted: str) -> RunDir:
     """The run that ``wanted`` names: a run id, a unique prefix of one, a job id, or ``last``.
 
-    Raises RunNotFound where there is none, or more than one; RunDirError for one that is not this user's alone.
+    Raises RunNotFound where there is none, or more than one, UsageError for no name at all, RunDirError for one that
+    is not this user's alone.
     """
+    if not wanted.strip():  # as from a variable that is not set: it would be the beginning of any run's id
+        raise UsageError("the name of the run is empty: give a run id, the beginning of one, a job id, or `last`")
     if not names.RUN_ID_PATTERN.fullmatch(wanted):
         return _search(root, wanted)
     exact = RunDir(root / wanted)
@@ -297,11 +311,11 @@ def _search(root: Path, wanted: str) -> RunDir:
     runs = {rundir.run_id: rundir for rundir in run_dirs(root)}
     if not runs:
         raise RunNotFound(f"there is no run under {root} (--root and SLURMFORK_ROOT choose another place)")
-    records = [record for rundir in runs.values() if (record := _readable(rundir)) is not None]
-    by_age = sorted(records, key=lambda record: record.submitted)
+    records = {run_id: record for run_id, rundir in runs.items() if (record := _readable(rundir)) is not None}
+    by_age = sorted(records, key=lambda run_id: records[run_id].submitted)
     if wanted == "last" and by_age:
-        return runs[by_age[-1].run_id]
-    by_job = [record.run_id for record in by_age if record.job_id == wanted]
+        return runs[by_age[-1]]
+    by_job = [run_id for run_id in by_age if records[run_id].job_id == wanted]
     if by_job:  # job ids are reused after a reset of Slurm: the latest is meant
         return runs[by_job[-1]]
     matches = sorted(run_id for run_id in runs if run_id.startswith(wanted))

@@ -1,4 +1,7 @@
-"""Submission: from a spec to a filled run directory and a job; what is refused has left nothing behind."""
+"""Submission: from a spec to a filled run directory and a job; what is refused has left nothing behind.
+
+Where the scheduler did not say whether it took the job, the run directory stays: the job would need it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from slurmfork import backends, rundir
-from slurmfork.errors import UsageError
+from slurmfork.errors import Unanswered, UsageError
 from slurmfork.run import Run
 from slurmfork.rundir import RunDir, RunRecord
 from slurmfork.spec import Spec
@@ -30,10 +33,15 @@ def submit(
     """Submit a spec (or the path of one) and return the run, which is pending then.
 
     ``overrides`` are ``key=value`` as with ``--set``; secrets are read from ``environment`` (default: this
-    process's). Raises SpecError, PlanError, RunDirError, BackendError; then nothing was submitted.
+    process's). Raises SpecError, PlanError, RunDirError, BackendError; then nothing was submitted, unless it is
+    Unanswered: the run directory is kept then, and the message names the run.
     """
     from slurmfork import plan, render
 
+    if not isinstance(spec, (Spec, str, os.PathLike)):
+        raise UsageError(f"spec is a Spec, or the path of one; not {spec!r}")
+    if isinstance(overrides, str):
+        raise UsageError(f"overrides is a list of key=value, not the text {overrides!r}")
     source = None if isinstance(spec, Spec) else Path(spec)
     spec = _read(spec, overrides, backend)
     secrets = _secrets(spec, os.environ if environment is None else environment)
@@ -57,10 +65,17 @@ def submit(
         cwd=str(Path.cwd()),
         user=getpass.getuser(),
         nodes=asked.nodes,
+        requeue=spec.requeue and spec.backend == "slurm",
     )
     _fill(directory, spec, script, record, secrets, source)
     try:
         job = giver.submit(directory, spec, asked)
+    except Unanswered as error:
+        run_id = directory.run_id
+        raise Unanswered(
+            f"{error}, so run {run_id} is kept: `slurmfork status {run_id}` tells if it starts, "
+            f"`slurmfork cancel {run_id}` gives it up"
+        ) from None
     except BaseException:
         _remove(directory)
         raise

@@ -1,8 +1,8 @@
 """The sweep: what is left of a run on this machine is found by journal and by tag, and ended from outside.
 
-``python -I .../sweep.py --run-dir DIR [--node N] [--grace S]`` prints a report as JSON; the batch script's
-exit trap, ``cancel``, ``clean`` and an epilog use it. It believes nothing that somebody else could have
-written, and never touches its caller or the processes above it.
+``python -I .../sweep.py --run-dir DIR [--node N] [--grace S]`` prints a report as JSON; the batch script's exit trap,
+the head, ``cancel`` and ``clean`` use it, and with ``--job ID`` in place of a directory an epilog. It believes nothing
+that somebody else could have written, and never touches its caller or the processes above it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,10 @@ import msgspec
 from slurmfork import journal, names
 from slurmfork.errors import RunDirError, SlurmforkError, UsageError
 from slurmfork.killing import end_all
-from slurmfork.process import Identity, alive, ancestors, describe, owner, walk, walk_tagged
+from slurmfork.process import Identity, alive, ancestors, boot_id, describe, owner, walk, walk_tagged
 from slurmfork.rundir import RunDir, RunRecord, check_private
+from slurmfork.scratch import of_job, remove_left
+from slurmfork.shm import remove_named
 
 BOUND_S = 10.0
 DEFAULT_GRACE_S = 5.0
@@ -32,8 +35,14 @@ MAX_GRACE_S = 3600
 
 @dataclass
 class SweepReport:
-    """What was ended, and what would not die, each in words; ``notes`` says what could not be looked at."""
+    """What was ended, and what would not die, each in words; ``notes`` says what could not be looked at.
 
+    ``node`` (None: all that this machine was) and ``boot_id`` say where, ``time`` (since the epoch) when.
+    """
+
+    node: str | None = field(default=None, compare=False)
+    boot_id: str = field(default_factory=boot_id, compare=False)
+    time: float = field(default_factory=time.time, compare=False)
     killed: list[str] = field(default_factory=list)
     survivors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -53,7 +62,7 @@ def sweep(
     ``node``: only what belongs to that node of the run. The caller, its ancestors and the PIDs in ``spare``
     are left alone. Raises RunDirError where the run directory is not this user's own.
     """
-    report = SweepReport()
+    report = SweepReport(node=node)
     recorded = list(_recorded(rundir, node, report.notes))
     # Whatever was found once: when its parent has ended nothing else may lead to it.
     known = {one: None for one in recorded if owner(one.pid) == os.geteuid() and alive(one)}
@@ -70,6 +79,10 @@ def sweep(
     outcome = end_all(find, grace=grace, bound=bound)
     report.killed = outcome.ended
     report.survivors = [describe(one) for one in outcome.survivors]
+    if not report.survivors:
+        for name in [node] if node else [path.stem for path in _journals(rundir, None, [])]:
+            remove_left(run_id, name)
+        remove_named(run_id)
     return report
 
 
@@ -127,13 +140,12 @@ def _job_id(rundir: Path) -> str | None:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sweep", description="End what is left of a run on this machine.")
-    parser.add_argument("--run-dir", type=Path, required=True, help="the run directory; its name is the run id")
+    whose = parser.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--run-dir", type=Path, help="the run directory; its name is the run id")
+    whose.add_argument("--job", help="the Slurm job whose runs' agents were on this host")
     parser.add_argument("--node", help="only this node's processes")
     parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds between SIGTERM and SIGKILL")
     options = parser.parse_args(arguments)
-    options.run_dir = options.run_dir.absolute()
-    if not names.RUN_ID_PATTERN.fullmatch(options.run_dir.name):
-        raise UsageError(f"{options.run_dir} is no run directory: its name is no run id")
     if options.node is not None and not names.NODE_PATTERN.fullmatch(options.node):
         raise UsageError(f"{options.node!r} is no name of a node")
     if not 0 <= options.grace <= MAX_GRACE_S:
@@ -142,15 +154,23 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Sweep and print the report; 1 if anything survived."""
+    """Sweep and print a report for each run; 1 if anything survived."""
     try:
         options = _options(arguments)
-        report = sweep(options.run_dir, run_id=options.run_dir.name, node=options.node, grace=options.grace)
+        runs = [(options.run_dir.absolute(), options.node)] if options.run_dir else of_job(options.job)
+        survived = [_sweep(run_dir, node, options.grace) for run_dir, node in runs]
     except SlurmforkError as error:
         print(f"slurmfork: {error}", file=sys.stderr)
         return error.exit_code
-    print(msgspec.json.encode(report).decode())
-    return 1 if report.survivors else 0
+    return 1 if any(survived) else 0
+
+
+def _sweep(run_dir: Path, node: str | None, grace: float) -> bool:
+    if not names.RUN_ID_PATTERN.fullmatch(run_dir.name):
+        raise UsageError(f"{run_dir} is no run directory: its name is no run id")
+    report = sweep(run_dir, run_id=run_dir.name, node=node, grace=grace)
+    print(msgspec.json.encode(report).decode(), flush=True)
+    return bool(report.survivors)
 
 
 if __name__ == "__main__":

@@ -20,25 +20,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from slurmfork import credentials, process
-from slurmfork.agent.scratch import node_directory
 from slurmfork.link import Link
-from slurmfork.messages import (
-    ApiAnswer,
-    ApiCall,
-    EndOrder,
-    EndReport,
-    Going,
-    Join,
-    Order,
-    StartOrder,
-    StopOrder,
-    StopResult,
-    Welcome,
-    WorkerView,
-)
+from slurmfork.messages import StopResult, WorkerView
 from slurmfork.names import WorkerState
+from slurmfork.orders import ApiAnswer, ApiCall, EndOrder, EndReport, Going, Join, Order, StartOrder, StopOrder, Welcome
 from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, new_run_id
+from slurmfork.scratch import node_directory
 
 T = TypeVar("T")
 
@@ -185,8 +173,10 @@ class Rig:
         self._requests += 1
         body = StartOrder(request_id=request or f"start-{self._requests}", orders=list(orders))
         views = await self.ask("start", body, list[WorkerView], node)
-        for view in views:
-            self.agents[node].views.setdefault(view.worker, view)
+        known = self.agents[node].views
+        for view in views:  # a notice may have overtaken the answer
+            if view.worker not in known or known[view.worker].state is WorkerState.PENDING:
+                known[view.worker] = view
         return views
 
     async def stop(

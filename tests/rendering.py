@@ -54,7 +54,8 @@ want = [signal.Signals[name] for name in os.environ.get("HEAD_AWAITS", "").split
 end = time.monotonic() + 60
 while want and not all(told.count(one) >= want.count(one) for one in want) and time.monotonic() < end:
     time.sleep(0.01)
-sys.exit(int(os.environ.get("HEAD_STATUS", "0")))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})  # a leaving Python forgets its handlers
+os._exit(int(os.environ.get("HEAD_STATUS", "0")))
 """
 SWEEP = """
 import json, os, sys
@@ -132,6 +133,13 @@ class Stage:
         """What the head saw: argv, env, cwd, pid."""
         found: dict[str, Any] = json.loads((self.run_dir / "head.seen").read_text())
         return found
+
+    @property
+    def launcher_and_sweep(self) -> tuple[list[str], list[str]]:
+        """The two command lines that the head was given."""
+        words = self.seen["argv"][4:]
+        end = words.index("--sweep")
+        return words[:end], words[end + 1 :]
 
     @property
     def started(self) -> bool:

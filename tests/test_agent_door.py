@@ -16,8 +16,9 @@ import pytest
 from agent_rig import Rig, opened, order
 
 from slurmfork.errors import Refused, Unreachable, UsageError
-from slurmfork.messages import ApiAnswer, ErrorReply, ForkReply, ForkRequest, WorkerView
+from slurmfork.messages import ErrorReply, ForkReply, ForkRequest, WorkerView
 from slurmfork.names import WorkerState
+from slurmfork.orders import ApiAnswer
 from slurmfork.spec.model import Ready
 from slurmfork.worker import CurrentWorker, _UnixConnection, current
 

@@ -16,8 +16,9 @@ from agent_rig import AGENT, Rig, announced, brood, opened, order, python
 
 from slurmfork import process
 from slurmfork.errors import Refused
-from slurmfork.messages import EndOrder, EndReport, WorkerView
+from slurmfork.messages import WorkerView
 from slurmfork.names import WorkerState
+from slurmfork.orders import EndOrder, EndReport
 from slurmfork.process import Identity
 from slurmfork.spec.model import Restart, Stop
 

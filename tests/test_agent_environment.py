@@ -11,7 +11,8 @@ from slurmfork.agent import environment, node
 from slurmfork.agent.environment import inherited, of_worker
 from slurmfork.agent.node import Node, granted_devices, here
 from slurmfork.errors import UsageError
-from slurmfork.messages import Device, Order
+from slurmfork.messages import Device
+from slurmfork.orders import Order
 from slurmfork.rundir import RunDir
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from slurmfork.agent.ports import Ports, port_range
-from slurmfork.agent.scratch import Scratch, node_directory, private_directory, remove
+from slurmfork.backends.queue import shared_directory
 from slurmfork.errors import Refused, RunDirError
 from slurmfork.rundir import new_run_id
+from slurmfork.scratch import Scratch, node_directory, private_directory, remove
+from slurmfork.userdir import user_directory
 
 FEW = range(21_000, 21_012)
 
@@ -77,6 +80,68 @@ def test_a_planted_directory_is_not_used(tmp_path: Path) -> None:
     for name in ("link", "file"):
         with pytest.raises(RunDirError, match="not a directory of this user"):
             private_directory(tmp_path / name)
+
+
+NOBODY = 50_000 + os.getpid() % 10_000  # a uid that no user has, and no other run of these tests
+
+
+def as_nobody(ask: Callable[[], object]) -> str:
+    """What this process would say as another user."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.seteuid(NOBODY)
+            os.write(writer, str(ask()).encode())
+        except BaseException as error:
+            os.write(writer, repr(error).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.fixture
+def places() -> Iterator[list[Path]]:
+    """The names under /tmp that are for that user, all of them free."""
+    found = [Path(f"/tmp/slurmfork-{NOBODY}"), *(Path(f"/tmp/slurmfork-{NOBODY}-{number}") for number in range(1, 10))]
+    yield found
+    for path in found:
+        remove(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_nobody_keeps_another_from_a_directory_of_his_own(
+    places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    for path in (places[0], places[2]):
+        path.mkdir(mode=0o777)
+    places[1].symlink_to(tmp_path)
+    assert as_nobody(user_directory) == str(places[3])
+    assert (places[3].stat().st_uid, places[3].stat().st_mode & 0o777) == (NOBODY, 0o700)
+    places[1].unlink()
+    assert as_nobody(user_directory) == str(places[3]), "all come to the same one"
+    assert as_nobody(shared_directory) == str(places[3])
+    long = ("x" * 46, "gpu-node-with-a-very-long-name.cluster.example.org")
+    assert len(as_nobody(lambda: node_directory(*long))) <= 48
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_session_s_directory_is_the_last_resort(places: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in places:
+        path.mkdir()
+    session = Path(f"/tmp/xdg-{NOBODY}")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(session))
+    assert "set XDG_RUNTIME_DIR" in as_nobody(user_directory)
+    session.mkdir(mode=0o700)
+    try:
+        assert "set XDG_RUNTIME_DIR" in as_nobody(user_directory), "it is another's"
+        os.chown(session, NOBODY, NOBODY)
+        assert as_nobody(user_directory) == str(session / "slurmfork")
+    finally:
+        remove(session)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")

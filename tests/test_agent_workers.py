@@ -17,8 +17,9 @@ from agent_rig import Rig, opened, order, python
 
 from slurmfork import journal, process
 from slurmfork.errors import Refused
-from slurmfork.messages import ReserveOrder, SignalOrder, WorkerView
+from slurmfork.messages import WorkerView
 from slurmfork.names import WorkerState
+from slurmfork.orders import ReserveOrder, SignalOrder
 from slurmfork.spec.model import Ready, Restart, Stop
 
 SLEEP = ["sleep", "300"]

@@ -17,15 +17,17 @@ from typing import Any
 import click
 import pytest
 
+from slurmfork import process
+from slurmfork.backends.local import LocalJob
 from slurmfork.cli import doctor, output
 from slurmfork.cli import main as door
 from slurmfork.cli.group import cli
 from slurmfork.cli.main import SECTIONS, VERBS, main
 from slurmfork.cli.options import Seconds
-from slurmfork.errors import BackendError, PlanError, Problem, Refused, SpecError
+from slurmfork.errors import BackendError, PlanError, Problem, Refused, SpecError, UsageError
 from slurmfork.messages import NodeView, StatusView, WorkerCounts, WorkerView
 from slurmfork.names import RunState, WorkerState
-from slurmfork.rundir import EndRecord, RunDir, RunRecord
+from slurmfork.rundir import EndRecord, RunDir, RunRecord, find
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRINTS_DATA = {
@@ -168,6 +170,8 @@ def test_every_verb_has_help_and_the_common_options(say: Any, verb: str) -> None
         (["wait", "x", "--timeout", "soon"], "'soon' is not a duration"),
         (["prune", "--older-than", "30"], "'30' is not a duration; write 7d"),
         (["fork", "x", "y", "--env", "novalue"], "'novalue' is not NAME=VALUE"),
+        (["cancel", ""], "the name of the run is empty"),
+        (["status", " "], "the name of the run is empty"),
         (["clean"], "say which run to clean, or --all"),
         (["clean", "x", "--all"], "say which run to clean, or --all"),
     ],
@@ -387,6 +391,12 @@ def test_status_of_all_and_of_one(say: Any, root: Path) -> None:
     assert "could be any of 2 runs" in say("status", "demo").err
 
 
+def test_no_name_is_no_run_s(root: Path) -> None:
+    make_run(root, "demo-aaaaaa")
+    with pytest.raises(UsageError, match="is empty"):
+        find(root, "")
+
+
 def test_a_damaged_run_does_not_hide_the_others(say: Any, root: Path) -> None:
     make_run(root, "demo-aaaaaa", end=ended(RunState.COMPLETED))
     make_run(root, "demo-bbbbbb").record.write_text("{")
@@ -395,6 +405,64 @@ def test_a_damaged_run_does_not_hide_the_others(say: Any, root: Path) -> None:
     said = say("status", "demo-bbbbbb")
     assert said.status == 1
     assert "damaged" in said.err
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("end.json", '{"x', "end.json is damaged"),
+        ("head.json", "[]", "head.json is damaged"),
+        ("run.json", '"backend": "ray"', "unknown backend 'ray'"),
+    ],
+)
+def test_one_bad_run_is_unknown_and_keeps_nothing_from_the_others(
+    say: Any, root: Path, file: str, text: str, words: str
+) -> None:
+    make_run(root, "demo-aaaaaa", age=9000, end=ended(RunState.COMPLETED, ago=8000))
+    bad = make_run(root, "demo-bbbbbb", age=9000, job_id="17")
+    record = bad.record.read_text()
+    (bad.path / file).write_text(record.replace('"backend": "local"', text) if file == "run.json" else text)
+    runs = say("status", "--json").document["runs"]
+    assert [run["state"] for run in runs] == ["completed", "unknown"]
+    assert words in runs[1]["reason"]
+    assert say("status").status == say("status", "demo-b").status == 0
+    assert [run["run_id"] for run in say("clean", "--all", "--json").document["runs"]] == ["demo-aaaaaa"]
+    said = say("wait", "demo-b")
+    assert said.status == 1
+    assert words in said.err
+    assert say("prune", "--older-than", "1h", "--yes", "--json").document == {"removed": ["demo-aaaaaa"]}
+
+
+def test_a_directory_that_is_not_believed_does_not_keep_the_others_from_being_cleaned(say: Any, root: Path) -> None:
+    for run_id in ("demo-aaaaaa", "demo-bbbbbb", "demo-cccccc"):
+        make_run(root, run_id, age=9000, end=ended(RunState.COMPLETED, ago=8000))
+    (root / "demo-bbbbbb").chmod(0o777)
+    said = say("clean", "--all", "--json")
+    assert (said.status, [run["run_id"] for run in said.document["runs"]]) == (0, ["demo-aaaaaa", "demo-cccccc"])
+    said = say("clean", "demo-bbbbbb")
+    assert (said.status, "demo-bbbbbb" in said.err) == (1, True)
+    said = say("prune", "--older-than", "1h", "--yes", "--json")
+    assert (said.status, said.document) == (0, {"removed": ["demo-aaaaaa", "demo-cccccc"]})
+
+
+def test_two_runs_of_one_job_id_are_told_apart(say: Any, root: Path) -> None:
+    """Job ids are given out again."""
+    now = process.identify(os.getpid())
+    assert now
+    for run_id, start_time, age in (("demo-aaaaaa", now.start_time - 1, 260_000), ("demo-bbbbbb", now.start_time, 3)):
+        run = make_run(root, run_id, age=age, job_id="17")
+        run.write_record(
+            run.path / "local.json", LocalJob(host=os.uname().nodename, **{**now._asdict(), "start_time": start_time})
+        )
+    runs = say("status", "--json").document["runs"]
+    assert [run["state"] for run in runs] == ["failed", "starting"]
+
+
+def test_a_cancel_mends_an_end_that_cannot_be_read(say: Any, root: Path) -> None:
+    run = make_run(root, "demo-aaaaaa")
+    run.end.write_text("{")
+    assert say("cancel", "demo-a").out == "demo-aaaaaa: cancelled, 0 survivors\n"
+    assert say("status", "demo-a", "--json").document["runs"][0]["state"] == "cancelled"
 
 
 def test_ps(say: Any, root: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -213,6 +215,22 @@ def test_a_second_ctrl_c_does_not_wait(local: Shell) -> None:
     wait_until(lambda: local.status(run_id)["state"] == "cancelled", "the cancel to be done")
 
 
+@pytest.mark.parametrize("lost", ["stdout", "stderr"])
+def test_run_ends_when_nobody_reads_it_any_more(local: Shell, lost: str) -> None:
+    """As with `slurmfork run SPEC | head -1`, though the run says nothing more."""
+    running = local.start("run", str(local.spec(STUBBORN % "1")))
+    assert running.stdout is not None
+    read_until(running.stdout, "up")
+    run_id = only_run(local)
+    getattr(running, lost).close()
+    assert running.wait(60) == 128 + signal.SIGHUP
+    for stream in (running.stdout, running.stderr):
+        assert stream is not None
+        stream.close()
+    assert local.left(run_id) == []
+    assert local.status(run_id)["state"] == "cancelled"
+
+
 # --- looking
 
 
@@ -274,6 +292,24 @@ def test_fork_and_stop(local: Shell, run_id: str) -> None:
     assert process.identify(children[0]["pid"]) is None
 
 
+def test_ctrl_c_of_a_fork_says_that_it_goes_on(local: Shell, run_id: str) -> None:
+    waits = ["--target", "rollout/0", "--env", "X=1", "--", "sh", "-c", "sleep 1000"]
+    forking = local.start("fork", run_id, "probe", *waits)
+    wait_until(lambda: local.ps(run_id, "probe"), "the fork to be under way")
+    forking.send_signal(signal.SIGINT)
+    _, err = forking.communicate(timeout=60)
+    assert err == f"slurmfork: interrupted; the fork goes on: `slurmfork ps {run_id}` shows how\n"
+    assert forking.returncode == 130
+    assert local.ps(run_id, "probe")[0]["state"] == "starting"
+
+
+def test_what_is_not_a_name_is_said_without_a_pattern(local: Shell, run_id: str) -> None:
+    done = local.call("fork", run_id, "eval/0")
+    assert (done.returncode, done.stderr) == (2, "slurmfork: 'eval/0' is not a role's name\n")
+    done = local.call("stop", run_id, "a/b/c")
+    assert done.stderr == "slurmfork: 'a/b/c' is neither a role nor a worker (role/index)\n"
+
+
 def test_a_fork_of_a_command_of_one_s_own(local: Shell, run_id: str) -> None:
     done = local.call("fork", run_id, "mine", "-T", "rollout/1", "--count", "2", "--", "sleep", "--", "77")
     assert done.returncode == 0, done.stderr
@@ -296,7 +332,7 @@ def test_a_fork_that_fails_says_who_and_why(local: Shell, run_id: str, options: 
 
 def test_what_is_asked_of_a_run_that_is_over(local: Shell, run_id: str) -> None:
     assert local.json("cancel", run_id) == {
-        "run_id": run_id, "state": "cancelled", "survivors": 0, "unverified": [], "details": []
+        "run_id": run_id, "state": "cancelled", "survivors": 0, "unverified": [], "details": [], "notes": []
     }  # fmt: skip
     assert local.call("cancel", run_id).stdout == f"{run_id}: cancelled, 0 survivors\n"
     done = local.call("fork", run_id, "eval")
@@ -335,9 +371,9 @@ def test_cancel_of_many(local: Shell) -> None:
 
 
 class Terminal:
-    """A `slurmfork` command on a terminal of its own."""
+    """A `slurmfork` command on a terminal of its own; ``controlling``: it hears from the kernel when that closes."""
 
-    def __init__(self, shell: Shell, *arguments: str) -> None:
+    def __init__(self, shell: Shell, *arguments: str, controlling: bool = False) -> None:
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "slurmfork", *arguments],
@@ -347,6 +383,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
+            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if controlling else None,
         )
         os.close(theirs)
         self.shown = b""
@@ -364,11 +401,17 @@ class Terminal:
         assert until is None or until in self.shown, self.shown
         return self.shown
 
+    def close(self) -> None:
+        """As by closing its window."""
+        os.close(self._ours)
+        self._ours = -1
+
     def end(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        os.close(self._ours)
+        if self._ours >= 0:
+            self.close()
 
 
 @pytest.fixture
@@ -400,3 +443,14 @@ def test_ctrl_c_lets_go_of_a_submitted_run(local: Shell, terminals: list[Termina
     assert b"Traceback" not in shown
     assert local.call("wait", run_id, "--for", "ready").returncode == 0
     assert local.status(run_id)["state"] == "ready"
+
+
+@pytest.mark.parametrize("controlling", [True, False])
+def test_run_ends_with_its_terminal(local: Shell, terminals: list[Terminal], controlling: bool) -> None:
+    terminals.append(Terminal(local, "run", str(local.spec(STUBBORN % "1")), controlling=controlling))
+    terminals[0].read(b" is ready")
+    run_id = only_run(local)
+    terminals[0].close()
+    assert terminals[0].process.wait(60) == 128 + signal.SIGHUP
+    assert local.left(run_id) == []
+    assert local.status(run_id)["state"] == "cancelled"

@@ -28,12 +28,12 @@ from running import Shell
 from schemathesis import GenerationMode
 
 from slurmfork import credentials
-from slurmfork.agent.scratch import node_directory
 from slurmfork.head import openapi
 from slurmfork.head.api import Api
 from slurmfork.messages import ErrorReply
 from slurmfork.run import Run
 from slurmfork.rundir import HeadRecord
+from slurmfork.scratch import node_directory
 
 pytestmark = pytest.mark.timeout(1800)
 

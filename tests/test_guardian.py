@@ -171,6 +171,19 @@ def test_more_signals_do_not_break_the_cleanup(yard: Yard) -> None:
     assert yard.living() == []
 
 
+def test_an_agent_that_hangs_when_it_is_told_to_end_is_ended_before_slurm_would(yard: Yard) -> None:
+    command = [sys.executable, str(STAND_IN), str(yard.directory), "guarded", "works", *AWKWARD]
+    guardian = yard.run(command, env={**environment(yard, grace=PATIENCE), names.KILL_WAIT: "3"})
+    yard.await_all([*AWKWARD, "agent"])
+    agent = yard.await_one("agent")
+    process.send(agent, signal.SIGSTOP)
+    wait_until(lambda: process.describe(agent).endswith("state T"), "the agent to be stopped")
+    guardian.terminate()
+    assert guardian.wait(PATIENCE) == 128 + signal.SIGKILL
+    assert yard.living() == []
+    assert "was told to end and does not" in yard.errors()
+
+
 def test_orphans_are_reaped(yard: Yard) -> None:
     guardian = start(yard, "orphans")
     agent = yard.await_one("agent")

@@ -21,12 +21,12 @@ from processes import Yard
 from running import Shell
 
 from slurmfork import credentials, names, process
-from slurmfork.agent.scratch import node_directory, user_directory
 from slurmfork.backends.local import LocalJob
 from slurmfork.journal import Journal, Seen, Started
 from slurmfork.process import Identity
 from slurmfork.run import Run
 from slurmfork.rundir import HeadRecord, RunDir, RunRecord
+from slurmfork.scratch import node_directory, user_directory
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 

@@ -330,18 +330,31 @@ def test_the_local_launcher(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.run(make_spec("local"), request=Request(nodes=3, gpus_per_node=2, cpus_per_node=1))
     nodes = [str(stage.python), "-I", str(stage.package / "backends" / "local_nodes.py")]
-    assert stage.seen["argv"][4:] == [*nodes, "--nodes", "3", "--gpus", "2"]
+    launcher, sweep = stage.launcher_and_sweep
+    assert launcher == [*nodes, "--nodes", "3", "--gpus", "2"]
+    done = subprocess.run([*sweep, "local1", "echo", "a b"], capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "a b --node local1\n"
 
 
 def test_the_slurm_launcher(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.run(make_spec())
-    launcher = stage.seen["argv"][4:]
+    launcher, sweep = stage.launcher_and_sweep
     assert launcher[0] == "srun"
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--overlap", "--mem=0"} <= set(launcher)
     assert {"--kill-on-bad-exit=0", "--wait=0", "--export=ALL", "--input=none"} <= set(launcher)
     assert "--no-kill" not in launcher
     assert launcher[-3:] == [str(stage.python), "-I", str(stage.package / "agent" / "__main__.py")]
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    srun.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [*sweep, "n2", "echo", "a b"], env=env, capture_output=True, text=True, timeout=30, check=True
+    )
+    words = done.stdout.splitlines()
+    assert words[-4:] == ["echo", "a b", "--node", "n2"]
+    assert {"--nodelist=n2", "--nodes=1", "--overlap", "--gres=none", "--export=ALL"} <= set(words)
 
 
 def test_the_environment_is_scrubbed_for_srun(tmp_path: Path) -> None:
@@ -378,8 +391,8 @@ def test_a_run_directory_that_the_node_does_not_see(tmp_path: Path) -> None:
     argv = ["bash", str(script)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 78
-    told = f"slurmfork: the run directory {missing} is not visible on node n7; put it on the shared file system"
-    assert done.stderr == f"{told} with --root\n"
+    told = f"slurmfork: node n7 cannot take part: it does not see the run directory {missing}; "
+    assert done.stderr == f"{told}put it on the shared file system with --root\n"
     assert not missing.exists()
 
 
@@ -459,6 +472,12 @@ def test_a_template_that_is_not_there(tmp_path: Path) -> None:
 def test_a_macro_and_a_block_may_be_put_in_again(tmp_path: Path) -> None:
     text = (
         "{% macro twice(x) %}{{ x | sh }} {{ x | sh }}{% endmacro %}"
-        "{% block a %}{{ twice(run_id) }}{% endblock %}\n{{ self.a() }}\n"
+        "\n#!{% block a %}{{ twice(run_id) }}{% endblock %}{{ self.a() }}\n"
     )
-    assert script_of(make_spec(), template=user_template(tmp_path, text)) == ("grpo-abc234 grpo-abc234" * 2 + "\n")
+    made = script_of(make_spec(), template=user_template(tmp_path, text))
+    assert made == "#!" + "grpo-abc234 grpo-abc234" * 2 + "\n"
+
+
+def test_a_script_that_slurm_would_not_take(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="does not begin with #!"):
+        script_of(make_spec(), template=user_template(tmp_path, "hostname\n"))

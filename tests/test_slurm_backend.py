@@ -16,7 +16,7 @@ from processes import wait_until
 from rendering import HOSTILE, Stage, make_spec, script_of
 
 from slurmfork.backends.base import Job, JobReport
-from slurmfork.backends.queue import Queue, shared_directory
+from slurmfork.backends.queue import Queue
 from slurmfork.backends.slurm import SlurmBackend
 from slurmfork.errors import BackendError
 from slurmfork.names import RunState
@@ -53,7 +53,7 @@ class Site:
         return rundir, job
 
     def report(self, asked: tuple[RunDir, Job], backend: SlurmBackend | None = None) -> JobReport:
-        return (backend or self.backend).report([asked])[asked[1].job_id]
+        return (backend or self.backend).report([asked])[0]
 
     def fresh(self, asked: tuple[RunDir, Job]) -> JobReport:
         """As Slurm says now: with no answer shared from before."""
@@ -172,7 +172,7 @@ def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = SlurmBackend(directory=tmp_path)
     with pytest.raises(BackendError, match=r"sbatch was not found on PATH: .*--backend local"):
         backend.submit(RunDir(tmp_path), SPEC, REQUEST)
-    report = backend.report([(RunDir(tmp_path), Job(job_id="1", submitted=1.0))])["1"]
+    report = backend.report([(RunDir(tmp_path), Job(job_id="1", submitted=1.0))])[0]
     assert (report.state, report.reason) == (None, "squeue was not found on PATH")
     assert [check.ok for check in backend.check()] == [False]
     with pytest.raises(BackendError, match="scancel was not found"):
@@ -229,7 +229,7 @@ def test_many_jobs_are_told_by_one_squeue(site: Site, monkeypatch: pytest.Monkey
     asked = [site.submit("#SBATCH --hold\ntrue") for _ in range(5)]
     count = counting(site, "squeue", monkeypatch)
     reports = site.backend.report(asked)
-    assert {report.state for report in reports.values()} == {RunState.PENDING}
+    assert {report.state for report in reports} == {RunState.PENDING}
     assert len(reports) == 5
     assert count() == 1
 
@@ -284,7 +284,7 @@ from slurmfork.backends.slurm import SlurmBackend
 from slurmfork.rundir import RunDir
 sys.stdin.readline()
 job = Job(job_id=sys.argv[2], submitted=float(sys.argv[3]))
-print(SlurmBackend(directory=Path(sys.argv[1])).report([(RunDir(Path("/x")), job)])[job.job_id].word)
+print(SlurmBackend(directory=Path(sys.argv[1])).report([(RunDir(Path("/x")), job)])[0].word)
 """
 
 
@@ -318,13 +318,13 @@ def test_a_new_job_is_not_known_before_the_next_asking_is_due(site: Site) -> Non
 
 def test_a_failing_squeue_leaves_the_last_answer_and_its_age(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = site.submit("#SBATCH --hold\ntrue")
-    before = Queue(None, directory=site.cache, interval=0).report([asked[1]])[asked[1].job_id]
+    before = Queue(None, directory=site.cache, interval=0).report([asked[1]])[0]
     lines = 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1'
     on_path(site.home / "bin", "squeue", lines, monkeypatch)
-    after = Queue(None, directory=site.cache, interval=0).report([asked[1]])[asked[1].job_id]
+    after = Queue(None, directory=site.cache, interval=0).report([asked[1]])[0]
     assert (after.state, after.fresh) == (RunState.PENDING, before.fresh)
     unseen = Job(job_id="4000000", submitted=time.time() - 100)
-    report = Queue(None, directory=site.cache, interval=0).report([unseen])["4000000"]
+    report = Queue(None, directory=site.cache, interval=0).report([unseen])[0]
     assert (report.state, report.word) == (None, "")
     assert "Unable to contact slurm controller" in report.reason
 
@@ -332,10 +332,10 @@ def test_a_failing_squeue_leaves_the_last_answer_and_its_age(site: Site, monkeyp
 def test_an_empty_answer_is_not_the_end(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = site.submit("#SBATCH --hold\ntrue")
     on_path(site.home / "bin", "squeue", "exit 0", monkeypatch)
-    report = Queue(None, directory=site.cache, interval=0).report([asked[1]])[asked[1].job_id]
+    report = Queue(None, directory=site.cache, interval=0).report([asked[1]])[0]
     assert report.state in (None, RunState.PENDING)
     early = Job(job_id=asked[1].job_id, submitted=asked[1].submitted - 60)
-    assert Queue(None, directory=site.cache, interval=0).report([early])[early.job_id].state is RunState.PENDING
+    assert Queue(None, directory=site.cache, interval=0).report([early])[0].state is RunState.PENDING
 
 
 def test_a_damaged_or_planted_answer_is_not_read(site: Site) -> None:
@@ -354,14 +354,6 @@ def test_a_damaged_or_planted_answer_is_not_read(site: Site) -> None:
         planted.rename(file)
         os.chown(file, 12345, 12345)
         assert site.report(asked).word == "PENDING"
-
-
-def test_a_directory_that_is_not_private_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = shared_directory()
-    assert own is not None
-    assert own.stat().st_mode & 0o077 == 0
-    monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    assert shared_directory() is None or shared_directory().stat().st_uid == 54321
 
 
 # --- jobs that squeue has dropped
@@ -399,7 +391,7 @@ def test_a_job_that_squeue_dropped_before_it_was_seen(
         assert "Slurm accounting storage is disabled" in report.reason
     before = count()
     queue = Queue(None, directory=forgetful.cache, interval=0)
-    assert queue.report([asked[1]])[asked[1].job_id].state == report.state
+    assert queue.report([asked[1]])[0].state == report.state
     assert count() == before  # final, or unknown and not to be asked again so soon
     assert forgetful.backend.ended(*asked)
     forgetful.backend.cancel(*asked)
@@ -411,7 +403,7 @@ def test_what_was_seen_at_the_end_is_kept_for_good(forgetful: Site) -> None:
     assert seen.exit_status == 3
     wait_until(lambda: forgotten(forgetful, asked[1]), "Slurm to forget the job", 120)
     queue = Queue(None, directory=forgetful.cache, interval=0)
-    assert queue.report([asked[1]])[asked[1].job_id] == seen
+    assert queue.report([asked[1]])[0] == seen
 
 
 @pytest.fixture
@@ -496,9 +488,10 @@ def test_the_submitters_own_job_does_not_leak_into_the_agents(site: Site, monkey
         "SLURMFORK_RUN_ID": "outer-abc234",
     }.items():
         monkeypatch.setenv(name, value)
-    stage, rundir, _ = staged(site)
+    stage, rundir, job = staged(site)
     wait_until(rundir.batch_status.exists, "the end of the batch script", 60)
     assert stage.status == 0, rundir.batch_log.read_text()
+    assert job.notes[0] == "SBATCH_EXCLUSIVE is set and ignored: put exclusive into slurm:"
     assert sorted(path.name for path in (stage.run_dir / "agents").iterdir()) == [
         f"{node}.log" for node in site.cluster.nodes
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -187,6 +188,19 @@ def test_a_failing_worker_ends_the_run_with_its_own_status(
     assert shell.left(run_id) == []
 
 
+def test_a_secret_reaches_the_workers_and_nobody_else(shell: Shell, cluster: MiniCluster) -> None:
+    shell.env["MYSECRET"] = value = secrets.token_hex(16)
+    run_id = shell.ready(shell.spec(small("[sleep, '1000']")), "--set", "secrets=[MYSECRET]")
+    [worker] = shell.ps(run_id)
+    assert environ_of(worker["pid"])["MYSECRET"] == value
+    [node] = shell.status(run_id)["nodes"]
+    head = json.loads((shell.root / run_id / "head.json").read_text())["pid"]
+    for pid in (head, node["guardian_pid"], node["agent_pid"]):
+        assert "MYSECRET" not in environ_of(pid)
+    stored = subprocess.run(["grep", "-rlF", value, str(cluster.home)], capture_output=True, text=True, check=False)
+    assert (stored.returncode, stored.stdout) == (1, "")
+
+
 def test_the_log_of_a_crash_at_start_is_told(shell: Shell) -> None:
     spec = shell.spec(small("[sh, -c, 'echo the very reason; exit 3']"))
     done = shell.call("submit", str(spec), "--wait")
@@ -225,6 +239,33 @@ def test_a_run_directory_that_nodes_do_not_see(shell: Shell, tmp_path: Path) -> 
     status = json.loads(done.stdout)["runs"][0]
     assert status["state"] == "failed", done.stdout + done.stderr
     assert "--root" in status["reason"], status["reason"]
+
+
+BLIND_NODE = """
+{% extends "sbatch.sh.j2" %}
+{% block launcher %}
+{{ super() }}
+slurmfork_launcher=(
+  "${slurmfork_srun[@]}" bash -c '[ "$SLURMD_NODENAME" != NODE ] || SLURMFORK_RUN_DIR=/nonexistent'"$slurmfork_on_node"
+  node "$slurmfork_python" -I "$slurmfork_package/agent/__main__.py"
+)
+{% endblock %}
+"""
+
+
+def test_one_node_of_several_that_does_not_see_the_run_directory(
+    shell: Shell, cluster: MiniCluster, tmp_path: Path
+) -> None:
+    one, blind = cluster.nodes[:2]
+    template = tmp_path / "blind.sh.j2"
+    template.write_text(BLIND_NODE.replace("!= NODE", f"!= {blind}"))
+    text = f"name: blind\nnodes: 2\nslurm: {{nodelist: '{one},{blind}'}}\nroles: {{w: {{command: [sleep, '1000']}}}}\n"
+    spec = shell.spec(text)
+    run_id = shell.submit(spec, "--template", str(template))
+    assert shell.call("wait", run_id).returncode == 1
+    status = shell.status(run_id)
+    assert (status["state"], status["survivors"]) == ("failed", 0), status
+    assert status["reason"].startswith(f"node {blind} cannot take part: it does not see the run directory"), status
 
 
 def test_states_without_squeue(shell: Shell, cluster: MiniCluster) -> None:
@@ -270,3 +311,35 @@ def test_a_dead_agent_ends_the_run_and_leaves_nothing(shell: Shell) -> None:
     assert shell.status(run_id)["state"] == "failed"
     assert node["node"] in shell.status(run_id)["reason"]
     wait_until(lambda: shell.left(run_id) == [], "everything to be gone")
+
+
+REQUEUED = """
+    name: requeued
+    requeue: true
+    slurm: {time: 2}
+    roles:
+      w:
+        checkpoint: {signal: USR1, before: 30}
+        stop: {grace: 1}
+        command: [bash, -c, "trap 'echo saved $SLURMFORK_ATTEMPT' USR1; while :; do sleep 0.2; done"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_comes_back_after_its_time_limit(shell: Shell, cluster: MiniCluster) -> None:
+    """Its workers are warned, it is requeued, and the next attempt is the same run."""
+    run_id = shell.ready(shell.spec(REQUEUED))
+    job_id = shell.status(run_id)["job_id"]
+    first = shell.ps(run_id)[0]["pid"]
+    log = shell.root / run_id / "logs" / "w-0.log"
+    wait_until(lambda: "saved 0" in log.read_text(), "the warning", timeout=180)
+    wait_until(lambda: slurm_state(cluster, job_id) == "PENDING", "the job to be requeued", timeout=120)
+    assert shell.status(run_id)["state"] == "pending"
+    cluster.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
+    assert shell.call("wait", run_id, "--for", "ready").returncode == 0
+    status = shell.status(run_id)
+    assert (status["state"], status["attempt"], status["job_id"]) == ("ready", 1, job_id)
+    assert shell.ps(run_id)[0]["pid"] != first
+    cluster.run(["scancel", "--batch", "--signal=USR1", job_id])  # a preemption's warning comes at any time
+    wait_until(lambda: "saved 1" in log.read_text(), "the second attempt to be warned")

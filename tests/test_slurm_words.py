@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rendering import make_spec
 
 from slurmfork.backends import slurm_records
 from slurmfork.backends.base import Job
-from slurmfork.backends.slurm_commands import environment, one_line
+from slurmfork.backends.slurm_commands import environment, environment_of_job, one_line
+from slurmfork.backends.slurm_options import ignored
 from slurmfork.backends.slurm_records import Entry, from_sacct, from_scontrol, from_squeue
 from slurmfork.backends.slurm_reports import is_same, latest_of, report_of
 from slurmfork.backends.slurm_states import exit_status, pending_reason, run_state
@@ -227,8 +229,30 @@ def test_the_environment_of_a_job_around_us_stays_there() -> None:
         "TZ": "Asia/Tokyo",
     }
     kept = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SLURMFORK_ROOT": "/runs"}
-    assert environment(own, submit=True) == {**kept, "SLURM_CLUSTERS": "big", "TZ": "Asia/Tokyo"}
+    assert environment_of_job([], own) == {**kept, "SLURM_CLUSTERS": "big", "TZ": "Asia/Tokyo"}
     assert environment(own) == {**kept, "TZ": "UTC0", "LC_ALL": "C"}
+
+
+def test_what_a_worker_is_told_of_itself_is_not_for_the_run_that_it_submits() -> None:
+    told = {"RANK": "3", "MASTER_ADDR": "n1", "TMPDIR": "/tmp/x", "NOTIFY_SOCKET": "/x", "CUDA_VISIBLE_DEVICES": "3"}
+    own = {"PATH": "/bin", "HOME": "/root", **told}
+    assert environment_of_job(["HOME"], own) == {"PATH": "/bin", **told}
+    assert environment_of_job(["HOME"], {**own, "SLURMFORK_WORKER": "a/3"}) == {"PATH": "/bin"}
+
+
+def test_sbatch_s_variables_are_told_to_be_ignored() -> None:
+    own = {
+        "SBATCH_PARTITION": "gpu",
+        "SBATCH_TIMELIMIT": "60",
+        "SBATCH_QOS": "x",
+        "SBATCH_EXPORT": "NONE",
+        "SBATCH_X": "",
+    }
+    assert ignored(make_spec(slurm={"qos": "y"}), own) == [
+        "SBATCH_EXPORT is set and ignored: slurmfork decides what reaches the workers; use `env` and `secrets`",
+        "SBATCH_PARTITION is set and ignored: put partition into slurm:",
+        "SBATCH_TIMELIMIT is set and ignored: put time into slurm:",
+    ]
 
 
 def test_messages_are_one_line() -> None:

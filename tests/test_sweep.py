@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from slurmfork.errors import RunDirError
 from slurmfork.journal import MAX_LINE, Ended, Journal, Record, Seen, Started
 from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, RunRecord
+from slurmfork.scratch import Scratch, remove
 
 NOBODY = 65534
 SCRIPT = Path(sweep.__file__)
@@ -292,11 +294,9 @@ def test_the_program_prints_a_report(yard: Yard, rundir: RunDir) -> None:
     one = yard.start("plain")
     done = call("--run-dir", str(rundir.path), "--node", "n1", "--grace", "0.1")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
-        "killed": [json.loads(done.stdout)["killed"][0]],
-        "survivors": [],
-        "notes": [],
-    }
+    report = json.loads(done.stdout)
+    assert (len(report["killed"]), report["survivors"], report["notes"]) == (1, [], [])
+    assert (report["node"], report["boot_id"]) == ("n1", process.boot_id())
     assert f"pid {one.pid} (" in done.stdout
     assert not process.alive(one)
 
@@ -348,3 +348,18 @@ def test_a_directory_of_no_run_is_refused_in_one_line(yard: Yard, rundir: RunDir
     done = call("--run-dir", str(rundir.path))
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_by_job_it_finds_the_runs_of_this_host(yard: Yard, tmp_path: Path) -> None:
+    """As an epilog has it: nothing is known but the job."""
+    job = str(uuid.uuid4().int)  # no other test's
+    place = Scratch(yard.run_id, yard.node)
+    place.mark(job, tmp_path / yard.run_id, yard.node)
+    RunDir(tmp_path / yard.run_id).make()
+    yard.start("plain")
+    assert call("--job", job + "0").stdout == ""
+    assert len(yard.living()) == 1
+    done = call("--job", job, "--grace", "0.1")
+    assert (done.returncode, len(json.loads(done.stdout)["killed"])) == (0, 1), done.stderr
+    assert yard.living() == []
+    remove(place.path)  # this process held it, as an agent does

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slurmfork import names
-from slurmfork.agent.node import CUDA, KILL_WAIT, LOCAL_DEVICES, ROCR, ZE, Node
-from slurmfork.messages import Device, Order
+from slurmfork.agent.node import CUDA, LOCAL_DEVICES, ROCR, ZE, Node
+from slurmfork.messages import Device
+from slurmfork.orders import Order
 
 NOTIFY_SOCKET = "NOTIFY_SOCKET"
 
@@ -36,7 +37,7 @@ _OURS = frozenset(
         names.AGENT,
         names.TARGET,
         LOCAL_DEVICES,
-        KILL_WAIT,
+        names.KILL_WAIT,
         NOTIFY_SOCKET,
     }
 )

@@ -1,7 +1,8 @@
 """The guardian: the tiny parent of a node's agent, srun's direct task. It passes signals on, reaps, waits.
 
-When the agent ends, however it ends, all that it had falls to the guardian, which ends it too. It imports as
-little as it can, because it stays for as long as the run, and decides nothing while the agent lives.
+When the agent ends, however it ends, all that it had falls to the guardian, which ends it too. An agent that was
+told to end and does not is ended before Slurm would end all of us. It imports as little as it can, because it stays
+for as long as the run, and decides nothing else while the agent lives.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import NoReturn
 
@@ -20,6 +22,8 @@ from slurmfork.process import Identity, ancestors, describe, walk, walk_tagged
 GRACE = "SLURMFORK_GUARDIAN_GRACE"
 DEFAULT_GRACE_S = 2.0
 BOUND_S = 10.0
+DEFAULT_KILL_WAIT_S = 30.0  # Slurm's own
+KILL_MARGIN_S = 1.0
 
 _FAULTS = {
     signal.SIGSEGV,
@@ -42,6 +46,7 @@ _OWN = {
 # What would end or stop this process is the agent's to answer: if that dies of it, somebody here sees it.
 PASSED_ON = signal.valid_signals() - _FAULTS - _OWN - {signal.SIGCHLD}
 WATCHED = PASSED_ON | {signal.SIGCHLD}
+_ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 
 AgentMain = Callable[[int], int]
 
@@ -63,7 +68,8 @@ def run(agent_main: AgentMain | None = None, *, bound: float = BOUND_S) -> int:
         return 1
     if agent == 0:
         _be_agent(guardian, agent_main or _agent_main)
-    return _conclude(_watch(agent), bound)
+    status, late = _watch(agent)
+    return _conclude(status, grace=0.0 if late else _grace(), bound=bound)
 
 
 def node_name() -> str:
@@ -98,14 +104,37 @@ def _be_agent(guardian: int, agent_main: AgentMain) -> NoReturn:
         os._exit(status & 0xFF)
 
 
-def _watch(agent: int) -> int:
-    """Pass signals on and reap until the agent has ended; returns its status as ``waitpid`` has it."""
+def _watch(agent: int) -> tuple[int, bool]:
+    """Pass signals on and reap until the agent has ended; its status as ``waitpid`` has it, and whether it was late.
+
+    Late: it was told to end, and did not within what Slurm leaves us.
+    """
+    deadline = float("inf")
+    late = False
     while True:
-        number = signal.sigwaitinfo(WATCHED).si_signo
-        if number != signal.SIGCHLD:
-            os.kill(agent, number)  # not reaped yet, so this PID is the agent's
+        rest = deadline - time.monotonic()
+        if rest <= 0:
+            _say(f"the agent on {node_name()} was told to end and does not: it is killed")
+            os.kill(agent, signal.SIGKILL)  # not reaped yet, so this PID is the agent's
+            deadline, late = float("inf"), True
+            continue
+        told = signal.sigwaitinfo(WATCHED) if rest == float("inf") else signal.sigtimedwait(WATCHED, rest)
+        if told is None:
+            continue
+        if told.si_signo in _ENDING and not late:
+            deadline = min(deadline, time.monotonic() + max(1.0, kill_wait(os.environ) - KILL_MARGIN_S))
+        if told.si_signo != signal.SIGCHLD:
+            os.kill(agent, told.si_signo)
         elif (status := _reap().get(agent)) is not None:
-            return status
+            return status, late
+
+
+def kill_wait(environment: Mapping[str, str]) -> float:
+    """Seconds from Slurm's SIGTERM to its SIGKILL."""
+    try:
+        return float(environment.get(names.KILL_WAIT) or DEFAULT_KILL_WAIT_S)
+    except ValueError:
+        return DEFAULT_KILL_WAIT_S
 
 
 def _reap() -> dict[int, int]:
@@ -130,7 +159,7 @@ def _childless() -> bool:
     return False
 
 
-def _conclude(status: int, bound: float) -> int:
+def _conclude(status: int, *, grace: float, bound: float) -> int:
     """End what the agent left, say what happened, and choose the exit status."""
     code = os.waitstatus_to_exitcode(status)
     if code == 0 and _childless():
@@ -138,7 +167,7 @@ def _conclude(status: int, bound: float) -> int:
     if code < 0:
         _say(f"the agent on {node_name()} was ended by signal {-code}")
     try:
-        outcome = end_all(_leftovers, grace=_grace(), bound=bound, clear=_childless)
+        outcome = end_all(_leftovers, grace=grace, bound=bound, clear=_childless)
     except OSError as error:
         _say(f"cannot end what the agent on {node_name()} left: {error}")
         return _exit_status(code) or 1
@@ -147,6 +176,8 @@ def _conclude(status: int, bound: float) -> int:
         _say(f"ended {len(outcome.ended)} processes that the agent on {node_name()} left")
     for survivor in outcome.survivors:
         _say(f"{describe(survivor)} on {node_name()} would not die")
+    if not outcome.survivors:
+        _tidy()
     return _exit_status(code) or int(bool(outcome.survivors))
 
 
@@ -162,6 +193,16 @@ def _leftovers() -> Iterator[Identity]:
         for one in walk_tagged(run_id, node_name(), job_id=os.environ.get("SLURM_JOB_ID")):
             if one not in seen and one.pid not in kin:
                 yield one
+
+
+def _tidy() -> None:
+    """Remove the node's directory and shared memory, which the agent would have removed."""
+    from slurmfork.scratch import remove_left  # not before: what is imported stays for the whole run
+    from slurmfork.shm import remove_named
+
+    if run_id := os.environ.get(names.RUN_ID):
+        remove_left(run_id, node_name())
+        remove_named(run_id)
 
 
 def _exit_status(code: int) -> int:

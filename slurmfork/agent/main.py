@@ -12,7 +12,6 @@ import logging
 import os
 import resource
 import socket
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,14 +19,14 @@ from typing import Any
 import msgspec
 import uvloop
 
-from slurmfork import credentials, prctl
+from slurmfork import credentials, logbook, prctl
 from slurmfork.agent import alarms
 from slurmfork.agent import node as nodes
 from slurmfork.agent.environment import inherited
 from slurmfork.agent.node import Node
 from slurmfork.agent.outfit import Site
 from slurmfork.agent.ports import Ports
-from slurmfork.agent.scratch import Scratch, remove
+from slurmfork.agent.preflight import preflight
 from slurmfork.agent.server import Server
 from slurmfork.agent.starter import Starter
 from slurmfork.agent.supervisor import Supervisor
@@ -35,7 +34,7 @@ from slurmfork.agent.tree import Trees
 from slurmfork.agent.uplink import Uplink
 from slurmfork.errors import Refused, SlurmforkError
 from slurmfork.journal import Note
-from slurmfork.messages import (
+from slurmfork.orders import (
     ApiAnswer,
     ApiCall,
     EndOrder,
@@ -49,13 +48,15 @@ from slurmfork.messages import (
     Welcome,
 )
 from slurmfork.process import boot_id
+from slurmfork.scratch import Scratch, remove
+from slurmfork.shm import SharedMemory
 from slurmfork.version import __version__
 
 log = logging.getLogger("slurmfork.agent")
 
 FIRST_JOIN_S = 60.0
 HEADS_TURN_S = 0.5  # the head, told of a signal, sends the end to all nodes: that is worth a moment
-KILL_MARGIN_S = 1.0
+KILL_MARGIN_S = 1.5  # before Slurm's SIGKILL; half a second later the guardian loses patience
 LEAST_BUDGET_S = 2.0
 FILES = 65_536
 
@@ -68,6 +69,8 @@ class Agent:
         self._guardian_pid = guardian_pid
         self._loop = asyncio.get_running_loop()
         self._scratch = Scratch(node.run_id, node.name)
+        if job_id := node.environment.get("SLURM_JOB_ID"):
+            self._scratch.mark(job_id, node.rundir.path, node.name)
         self._site = Site(
             node=node,
             base=inherited(node.environment),
@@ -75,6 +78,7 @@ class Agent:
             starter=Starter(node.rundir.journal(node.name)),
             ports=Ports(self._scratch.ports),
             scratch=self._scratch,
+            memory=SharedMemory(node.run_id),
             tell=lambda view: self._uplink.tell("worker", view),
             reap=lambda: self._supervisor.reap(),
         )
@@ -93,6 +97,7 @@ class Agent:
             health=self._health,
         )
         self._ops: dict[str, Callable[[msgspec.Raw], Awaitable[Any]]] = {
+            "preflight": lambda body: preflight(node, self._site.starter, lambda: self._uplink.ahead),
             "start": lambda body: self._supervisor.start(_read(body, StartOrder)),
             "stop": lambda body: self._supervisor.stop(_read(body, StopOrder)),
             "end": lambda body: self._end_by_order(_read(body, EndOrder)),
@@ -138,7 +143,13 @@ class Agent:
         await self._uplink.close(2.0)
         await self._site.starter.close(2.0)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._loop.run_in_executor(None, remove, self._scratch.path), 5.0)
+            await asyncio.wait_for(self._loop.run_in_executor(None, self._tidy), 5.0)
+
+    def _tidy(self) -> None:
+        """Remove what this node's part of the run has left outside of the run directory."""
+        remove(self._scratch.path)
+        if gone := self._site.memory.remove():
+            log.info("removed from /dev/shm: %s", ", ".join(gone))
 
     # --- the head
 
@@ -281,7 +292,7 @@ def _raise_file_limit() -> None:
 
 def main(guardian_pid: int) -> int:
     """Be the agent; returns the exit status. If it dies instead, the guardian does the rest."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    writing = logbook.begin()
     loop = uvloop.new_event_loop()  # its TLS takes a third of the time of asyncio's own
     try:
         prctl.become_subreaper()
@@ -294,6 +305,7 @@ def main(guardian_pid: int) -> int:
         return 1
     finally:
         loop.close()
+        logbook.end(writing)
 
 
 async def _run(node: Node, guardian_pid: int) -> int:

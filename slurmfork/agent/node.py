@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 from slurmfork import names
-from slurmfork.agent.guardian import node_name
+from slurmfork.agent import guardian
 from slurmfork.errors import UsageError
 from slurmfork.messages import Device
 from slurmfork.rundir import RunDir
 
 LOCAL_DEVICES = "SLURMFORK_LOCAL_DEVICES"
-KILL_WAIT = "SLURMFORK_KILL_WAIT"
-DEFAULT_KILL_WAIT_S = 25.0
 
 CUDA, ROCR, ZE = "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"
 _NO_DEVICE = frozenset({"", "-1", "none", "void", "nodevfiles"})
@@ -43,7 +41,7 @@ class Node:
     cpus: int = 1
     amd: bool = False
     guarantee: Literal["cgroup", "rings"] = "rings"
-    kill_wait: float = DEFAULT_KILL_WAIT_S
+    kill_wait: float = guardian.DEFAULT_KILL_WAIT_S
     notes: tuple[str, ...] = ()
 
 
@@ -53,7 +51,7 @@ def here(environment: Mapping[str, str]) -> Node:
     directory = Path(environment.get(names.RUN_DIR, ""))
     if not directory.is_absolute():
         raise UsageError(f"{names.RUN_DIR} is not an absolute path: the head starts agents, people do not")
-    name = node_name()
+    name = guardian.node_name()
     if not names.NODE_PATTERN.fullmatch(name):
         raise UsageError(f"{name!r} is no name for a node; {names.NODE} may give another")
     amd = _is_amd(environment)
@@ -68,7 +66,7 @@ def here(environment: Mapping[str, str]) -> Node:
         cpus=_cpus(environment),
         amd=amd,
         guarantee=_guarantee(_cgroups()),
-        kill_wait=_kill_wait(environment),
+        kill_wait=guardian.kill_wait(environment),
         notes=_notes(environment, devices),
     )
 
@@ -109,13 +107,6 @@ def _addresses(text: str) -> tuple[tuple[str, int], ...]:
             raise UsageError(f"{names.HEAD} is {text!r}, not ip:port[,ip:port]: the head starts agents")
         found.append((host.strip("[]"), int(port)))
     return tuple(found)
-
-
-def _kill_wait(environment: Mapping[str, str]) -> float:
-    try:
-        return float(environment.get(KILL_WAIT) or DEFAULT_KILL_WAIT_S)
-    except ValueError:
-        return DEFAULT_KILL_WAIT_S
 
 
 def _cgroups() -> str:

@@ -14,12 +14,14 @@ from slurmfork.agent.lastwords import signal_number
 from slurmfork.agent.node import Node
 from slurmfork.agent.ports import Ports
 from slurmfork.agent.readiness import Notify
-from slurmfork.agent.scratch import Scratch
 from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.starter import Starter
 from slurmfork.agent.tree import Trees
 from slurmfork.errors import Refused, RunDirError
-from slurmfork.messages import Device, Order, WorkerView
+from slurmfork.messages import Device, WorkerView
+from slurmfork.orders import Order
+from slurmfork.scratch import Scratch
+from slurmfork.shm import SharedMemory
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Site:
     starter: Starter
     ports: Ports
     scratch: Scratch
+    memory: SharedMemory
     tell: Callable[[WorkerView], None]
     reap: Callable[[], None]
     address: str = ""

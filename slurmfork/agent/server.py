@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from slurmfork.errors import Refused, Unreachable
-from slurmfork.messages import ApiAnswer, ApiCall
+from slurmfork.orders import ApiAnswer, ApiCall
 from slurmfork.serving import JSON, Answer, read_body, refusal, response, server
 
 if TYPE_CHECKING:

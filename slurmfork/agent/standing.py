@@ -10,8 +10,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from slurmfork.messages import Order, WorkerView
+from slurmfork.messages import WorkerView
 from slurmfork.names import UP_STATES, WorkerState
+from slurmfork.orders import Order
 from slurmfork.process import Identity
 
 log = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from slurmfork import journal
 from slurmfork.agent.command import arguments
-from slurmfork.agent.scratch import private_directory
 from slurmfork.agent.spawn import StartFailed, open_log, spawn
 from slurmfork.errors import RunDirError
 from slurmfork.journal import Journal, Record
 from slurmfork.process import Identity
+from slurmfork.scratch import private_directory
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,30 @@ class Starter:
 
         After a failure nothing further is started, and who was started already is the caller's to stop.
         """
+        return self._do(lambda: _carry_out(launches, self._journal), over)
+
+    async def helper(self, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[Identity, int]:
+        """Start a program for the agent's own use: who it is, and a descriptor of what it writes; raises StartFailed.
+
+        It is in no journal, and reaped as orphans are.
+        """
+        started: list[tuple[Identity, int] | StartFailed] = []
+
+        def work() -> None:
+            output = os.memfd_create("output")
+            try:
+                started.append((spawn(argv, cwd="/", environment=environment, log=output), output))
+            except StartFailed as failure:
+                os.close(output)
+                started.append(failure)
+
+        await self._do(work, lambda: None)
+        if isinstance(started[0], StartFailed):
+            raise started[0]
+        return started[0]
+
+    def _do(self, work: Callable[[], None], over: Callable[[], None]) -> asyncio.Future[None]:
+        """Have the thread do ``work``, and count it as busy until ``over`` was called."""
         done: asyncio.Future[None] = self._loop.create_future()
         self._under_way += 1
 
@@ -86,14 +110,14 @@ class Starter:
                 if not done.done():
                     done.set_result(None)
 
-        def work() -> None:
+        def guarded() -> None:
             try:
-                _carry_out(launches, self._journal)
+                work()
             finally:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                     self._loop.call_soon_threadsafe(settle)
 
-        self._queue.put(work)
+        self._queue.put(guarded)
         return done
 
     def note(self, *records: Record) -> None:

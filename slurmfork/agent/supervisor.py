@@ -21,17 +21,9 @@ from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.stopping import KILL_BOUND_S, Stopping
 from slurmfork.agent.worker import LAUNCH_TIMEOUT_S, Worker
 from slurmfork.errors import Refused
-from slurmfork.messages import (
-    EndReport,
-    Order,
-    ReserveOrder,
-    SignalOrder,
-    StartOrder,
-    StopOrder,
-    StopResult,
-    WorkerView,
-)
+from slurmfork.messages import StopResult, WorkerView
 from slurmfork.names import WorkerState
+from slurmfork.orders import EndReport, Order, ReserveOrder, SignalOrder, StartOrder, StopOrder
 from slurmfork.process import Identity
 
 log = logging.getLogger(__name__)
@@ -39,6 +31,7 @@ log = logging.getLogger(__name__)
 ANSWERS_KEPT = 1024
 ORPHANS_GRACE_S = 1.0
 END_MARGIN_S = 1.0
+EARLY_LOOKS_S = (0.3, 1.5, 4.0)  # after a start, in which most daemons are made: who saw them come knows whose they are
 
 
 class Supervisor:
@@ -104,6 +97,8 @@ class Supervisor:
             failed = await self._launch(workers)
         if failed:
             await self._roll_back(workers, failed)
+        for worker in workers:
+            await worker.words_read()
         return [worker.view for worker in workers]
 
     async def _launch(self, workers: list[Worker]) -> dict[str, StartFailed]:
@@ -123,6 +118,8 @@ class Supervisor:
             why = StartFailed(f"not started within {LAUNCH_TIMEOUT_S:g} s: a file system hangs")
             return dict.fromkeys((worker.name for worker in workers), why)
         self.reap()
+        for seconds in EARLY_LOOKS_S:
+            self._loop.call_later(seconds, self.heartbeat)
         return {worker.name: worker.start_failure for worker in workers if worker.start_failure}
 
     async def _undo_late(self, workers: list[Worker], done: asyncio.Future[None]) -> None:
@@ -224,7 +221,8 @@ class Supervisor:
                 return
 
     def heartbeat(self) -> None:
-        """Note in the journal what is new below the workers."""
+        """Note what is new below the workers, in the journal, and what they have in shared memory."""
+        self._loop.run_in_executor(None, self._site.memory.look)
         last_pid = _last_pid()
         if last_pid == self._last_pid:
             return  # no process was born on this machine since the last look
@@ -273,7 +271,7 @@ class Supervisor:
     async def _stop_in_time(self, worker: Worker) -> StopResult:
         rest = self._rest()
         if rest == float("inf"):
-            return await worker.stop()
+            return await worker.stop(worker.order.stop.grace)  # a stop with a longer one may be under way
         margin = min(END_MARGIN_S, rest / 3)
         grace = max(0.0, min(worker.order.stop.grace, rest - margin))
         return await worker.stop(grace, min(KILL_BOUND_S, max(0.5, margin)))

@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from slurmfork.errors import Unreachable
 from slurmfork.link import Handler, Link
-from slurmfork.messages import Join, Welcome
+from slurmfork.orders import Join, Welcome
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -24,11 +24,13 @@ CONNECT_TIMEOUT_S = 10.0
 JOIN_TIMEOUT_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _FEWEST_TRIES = 3  # a node that was frozen for longer than its lease gets a chance all the same
-_SILENCE_S = 20
 
 
 class Uplink:
-    """Connects to one of ``heads`` and joins. ``join(address)`` makes what is said first."""
+    """Connects to one of ``heads`` and joins. ``join(address)`` makes what is said first.
+
+    ``ahead``: seconds by which this machine's clock is surely ahead of the head's, negative where it is behind.
+    """
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Uplink:
         self._join = join
         self._handler = handler
         self._link: Link | None = None
+        self.ahead = 0.0
 
     @property
     def up(self) -> bool:
@@ -75,14 +78,14 @@ class Uplink:
             loop.create_connection(lambda: link, host, port, ssl=self._context, server_hostname=self._server_name),
             CONNECT_TIMEOUT_S,
         )
-        raw: socket.socket = link.fact("socket")
-        _notice_silence(raw)
+        asked = time.time()
         try:
-            welcome = await link.ask("join", self._join(raw.getsockname()[0]), Welcome, JOIN_TIMEOUT_S)
+            welcome = await link.ask("join", self._join(link.fact("socket").getsockname()[0]), Welcome, JOIN_TIMEOUT_S)
         except BaseException:
             link.close()
             raise
         self._link = link
+        self.ahead = 0.0 if welcome.time is None else _ahead(asked, welcome.time, time.time())
         log.info("joined the head at %s port %d", host, port)
         return welcome
 
@@ -111,11 +114,6 @@ class Uplink:
             await asyncio.wait_for(self._link.ended(), timeout)
 
 
-def _notice_silence(raw: socket.socket) -> None:
-    """A head whose machine is gone sends nothing any more: let the kernel find out in seconds, not hours."""
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S // 2)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _SILENCE_S // 4)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
-    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENCE_S * 1000)
+def _ahead(asked: float, theirs: float, answered: float) -> float:
+    """How far ours is ahead at least: the head looked at its clock at some moment between our two looks."""
+    return max(0.0, asked - theirs) or min(0.0, answered - theirs)

@@ -16,19 +16,21 @@ from slurmfork import journal
 from slurmfork.agent import readiness
 from slurmfork.agent.lastwords import caught, in_words, signal_number, tail
 from slurmfork.agent.outfit import Outfit, Site, outfit
-from slurmfork.agent.scratch import remove
 from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.standing import Standing
 from slurmfork.agent.starter import Launch
 from slurmfork.agent.stopping import KILL_BOUND_S, Outcome, Stopping
-from slurmfork.messages import Order, StopResult, WorkerView
+from slurmfork.messages import StopResult, WorkerView
 from slurmfork.names import LIVE_STATES, WorkerState
+from slurmfork.orders import Order
 from slurmfork.process import Identity, send
+from slurmfork.scratch import remove
 
 log = logging.getLogger(__name__)
 
 LONGEST_BACKOFF_S = 60.0
 REAP_TIMEOUT_S = 1.0
+TAIL_TIMEOUT_S = 1.0
 LAUNCH_TIMEOUT_S = 60.0  # of a start, its disk and its exec included
 
 
@@ -56,6 +58,7 @@ class Worker:
         self._checking: asyncio.Task[None] | None = None
         self._stopping: Stopping | None = None
         self._winding_up: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._outcome = Outcome()
 
     @property
@@ -170,7 +173,7 @@ class Worker:
         self._reaped.set()
         if self._winding_up is None and self.view.state in LIVE_STATES:
             self._fall(words, well=code == 0)
-        elif self._stopping is None or not self._stopped:
+        elif not self._is_telling() and (self._stopping is None or not self._stopped):
             self._standing.tell()  # its state was settled before, its exit status was not known
 
     def _fall(self, reason: str, *, well: bool = False) -> None:
@@ -179,14 +182,35 @@ class Worker:
             well, reason = False, "exited with 0 before it was ready"
         self._stop_checking()
         pause = self._pause_before_restart(well=well)
-        if not well:
-            self.view.log_tail = tail(self.log_path, self._launch.log_begin if self._launch else 0)
         self._begin_winding_up(pause)
         if pause is not None:
             count = f"restart {self.view.restarts + 1} of {self.order.restart.max} in {pause:g} s"
-            self._standing.become(WorkerState.RESTARTING, f"{reason}; {count}")
+            self._standing.become(WorkerState.RESTARTING, f"{reason}; {count}", told=not well)
         else:
-            self._standing.become(WorkerState.EXITED if well else WorkerState.FAILED, "" if well else reason)
+            self._standing.become(
+                WorkerState.EXITED if well else WorkerState.FAILED, "" if well else reason, told=not well
+            )
+        if not well:
+            self._telling = asyncio.ensure_future(self._tell_with_last_words())
+
+    def _is_telling(self) -> bool:
+        return self._telling is not None and not self._telling.done()
+
+    async def words_read(self) -> None:
+        """Wait until its view has its last words, should it have fallen."""
+        if self._telling is not None and not self._telling.done():
+            await asyncio.wait([self._telling])
+
+    async def _tell_with_last_words(self) -> None:
+        """Tell the head how it fell, with the end of its log, if the disk has that in time."""
+        launch = self._launch
+        if launch is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                reading = self._loop.run_in_executor(None, tail, launch.log, launch.log_begin)
+                words = await asyncio.wait_for(reading, TAIL_TIMEOUT_S)
+                if launch is self._launch:  # else it runs again
+                    self.view.log_tail = words
+        self._standing.tell()
 
     def _stop_checking(self) -> None:
         if self._checking is not None:
@@ -234,6 +258,7 @@ class Worker:
         """Start it once more; False where that is not wanted any more, or impossible."""
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._unwanted.wait(), max(0.0, when - self._loop.time()))
+        await self.words_read()  # that it fell is told before that it runs again
         if not self._wanted or self._site.closing:
             return False
         self.view.restarts += 1
@@ -286,6 +311,7 @@ class Worker:
             patience = (self.order.stop.grace if grace is None else grace) + bound
             await asyncio.wait([self._in_hand], timeout=patience)
         if self._winding_up is None and self.view.state in LIVE_STATES:
+            log.info("%s: stopping", self.name)
             self._begin_stop()
         await asyncio.sleep(0)  # let a task that was just made begin
         if self._stopping is not None and grace is not None:

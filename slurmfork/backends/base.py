@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from slurmfork.spec import Spec
 
 
+PATIENCE_S = 60.0  # for a scheduler's answer
+
+
 class Job(Struct, frozen=True, kw_only=True):
     """A job as its scheduler knows it. Ids are reused: it is told by id and ``submitted`` (epoch) together.
 
@@ -62,13 +65,25 @@ class Backend(Protocol):
     name: str
 
     def submit(self, rundir: RunDir, spec: Spec, request: Request) -> Job:
-        """Start the batch script of a filled run directory, in time; what is refused has started nothing."""
+        """Start the batch script of a filled run directory, in time; what is refused has started nothing.
 
-    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> dict[str, JobReport]:
-        """What the scheduler says of each job, by job id; it is asked once for all. Never raises."""
+        Raises Unanswered where that is not known.
+        """
 
-    def cancel(self, rundir: RunDir, job: Job) -> None:
-        """Have the job ended; one that is over already is left alone."""
+    def started(self, rundir: RunDir) -> str | None:
+        """The id of the job that has begun to work in this directory, by what it wrote there; None: none has."""
+
+    def report(self, jobs: Sequence[tuple[RunDir, Job]], patience: float = PATIENCE_S) -> list[JobReport]:
+        """What the scheduler says of each of these jobs, in their order; it is asked once for all. Never raises.
+
+        After ``patience`` seconds, what it said before is told, with its age; or that nothing is known.
+        """
+
+    def cancel(self, rundir: RunDir, job: Job, patience: float = PATIENCE_S) -> None:
+        """Have the job ended; one that is over already is left alone.
+
+        ``patience``: seconds for the scheduler to answer; or, where none sees to it, for the job to end in order.
+        """
 
     def ended(self, rundir: RunDir, job: Job) -> bool:
         """Whether the job is surely over, asked now; cheap enough to be called in a loop."""

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # isolated mode leaves out every path of the user's, ours among them
@@ -59,7 +60,23 @@ def main(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, pass_on)
     signal.signal(signal.SIGINT, pass_on)
-    return max(_status(guardian.wait()) for guardian in guardians)
+    return max(_wait(guardian, f"local{index}") for index, guardian in _as_they_end(guardians))
+
+
+def _as_they_end(guardians: list[subprocess.Popen[bytes]]) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    left = dict(enumerate(guardians))
+    while left:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # reaped by its own object
+        for index, guardian in list(left.items()):
+            if ended is not None and guardian.pid == ended.si_pid:
+                yield index, left.pop(index)
+
+
+def _wait(guardian: subprocess.Popen[bytes], node: str) -> int:
+    status = _status(guardian.wait())
+    if status:
+        print(f"slurmfork: the agent of {node} ended with {status}", file=sys.stderr, flush=True)
+    return status
 
 
 def _status(code: int) -> int:

@@ -12,24 +12,26 @@ import fcntl
 import hashlib
 import os
 import pwd
-import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from slurmfork.backends import slurm_records
-from slurmfork.backends.base import Job, JobReport
-from slurmfork.backends.slurm_commands import TIMEOUT_S, Answer, ask, of_cluster
+from slurmfork.backends.base import PATIENCE_S, Job, JobReport
+from slurmfork.backends.slurm_commands import Answer, ask, of_cluster
 from slurmfork.backends.slurm_records import Entry
 from slurmfork.backends.slurm_reports import is_same, key_of, latest_of, report_of
 from slurmfork.backends.slurm_states import run_state
+from slurmfork.errors import RunDirError
 from slurmfork.names import ENDED_STATES
 from slurmfork.rundir import replace_file
+from slurmfork.userdir import user_directory
 
 INTERVAL_S = 10.0
 UNKNOWN_S = 60.0  # how long a job that nobody knew is not asked for again
+LOOK_S = 10.0
 STALE_S = 60.0  # an older answer is not given while another process asks; the new one is waited for
 LATE_S = 5.0  # a job submitted so shortly before squeue was asked may not have been seen
 KEPT = 2000
@@ -50,31 +52,29 @@ class Cache(msgspec.Struct):
 class Queue:
     """One cluster's queue. ``directory``: where the shared file lies; None: nothing is shared."""
 
-    def __init__(
-        self,
-        cluster: str | None,
-        *,
-        directory: Path | None,
-        interval: float = INTERVAL_S,
-        ask: Callable[[Sequence[str]], Answer] = ask,
-    ) -> None:
+    def __init__(self, cluster: str | None, *, directory: Path | None, interval: float = INTERVAL_S) -> None:
         self._cluster = cluster
         self._interval = interval
-        self._ask = ask
+        self._deadline = 0.0
         place = f"{os.environ.get('SLURM_CONF', '')}\n{cluster or ''}"
         key = hashlib.sha256(place.encode(errors="surrogateescape")).hexdigest()[:12]
         self._file = directory / f"squeue-{key}.json" if directory else None
 
-    def report(self, jobs: Sequence[Job]) -> dict[str, JobReport]:
-        """What is known of each job, by id; at most one squeue, none if another process asked just now."""
+    def report(self, jobs: Sequence[Job], patience: float = PATIENCE_S) -> list[JobReport]:
+        """What is known of each job, in their order; at most one squeue, none if another process asked just now.
+
+        Slurm is asked for ``patience`` seconds at most, whatever there is to be asked.
+        """
+        self._deadline = time.monotonic() + patience
         with self._shared() as (cache, mine):
             if mine and any(key_of(job) not in cache.final for job in jobs):
                 self._refresh(cache)
                 self._settle(jobs, cache)
-            return {job.job_id: _report(job, cache) for job in jobs}
+            return [_report(job, cache) for job in jobs]
 
     def look(self, job: Job) -> JobReport:
         """What slurmctld says of one job now: for those who wait for its end."""
+        self._deadline = time.monotonic() + LOOK_S
         with self._shared(patient=False) as (cache, mine):
             if key_of(job) not in cache.final:
                 entry, words = self._show(job)
@@ -89,6 +89,16 @@ class Queue:
             return _report(job, cache)
 
     # --- asking
+
+    @property
+    def _left(self) -> float:
+        """Seconds that are left for asking."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def _ask(self, argv: Sequence[str]) -> Answer:
+        if left := self._left:
+            return ask(argv, timeout=left)
+        return Answer(False, "", f"{argv[0]} was not asked: there was no time left")
 
     def _refresh(self, cache: Cache) -> None:
         now = time.time()
@@ -111,7 +121,9 @@ class Queue:
                 continue
             if entry is not None and is_same(job, entry):
                 if run_state(entry.word) in ENDED_STATES:
-                    self._learn(job, self._show(job)[0] or entry, cache)  # squeue has no exit status
+                    shown, _ = self._show(job)  # squeue has no exit status
+                    if shown is not None or self._left:
+                        self._learn(job, shown or entry, cache)
             elif not cache.error and now - cache.unknown.get(key_of(job), (0.0, ""))[0] > UNKNOWN_S:
                 missing.append(job)
         if missing:
@@ -128,6 +140,8 @@ class Queue:
             if entry is None or run_state(entry.word) not in ENDED_STATES:
                 shown, words = self._show(job)
                 said = f"accounting says {entry.word}" if entry else f"sacct: {answer.words or 'no such job'}"
+                if not self._left:
+                    return  # nobody was asked in vain: the next one may ask
                 if shown is None or not is_same(job, shown):
                     words = words or "another job has that id now"
                     reason = f"squeue does not list the job ({said}; scontrol: {words})"
@@ -157,7 +171,7 @@ class Queue:
         with contextlib.ExitStack() as stack:
             lock = self._open_lock()
             stale = time.time() - self._load().asked > STALE_S
-            mine = lock is None or stack.enter_context(_locked(lock, patient=patient and stale))
+            mine = lock is None or stack.enter_context(_locked(lock, self._left if patient and stale else 0.0))
             cache = self._load()
             before = msgspec.json.encode(cache)
             yield cache, mine
@@ -192,9 +206,9 @@ class Queue:
 
 
 @contextlib.contextmanager
-def _locked(descriptor: int, *, patient: bool) -> Iterator[bool]:
-    """Whether the lock was had. ``patient``: wait for as long as another process may ask Slurm."""
-    deadline = time.monotonic() + (TIMEOUT_S + 5 if patient else 0)
+def _locked(descriptor: int, patience: float) -> Iterator[bool]:
+    """Whether the lock was had, within ``patience`` seconds: another process may be asking Slurm."""
+    deadline = time.monotonic() + patience
     try:
         while True:
             try:
@@ -211,16 +225,11 @@ def _locked(descriptor: int, *, patient: bool) -> Iterator[bool]:
 
 
 def shared_directory() -> Path | None:
-    """Where this user's processes on this machine share answers; None if the place cannot be trusted."""
-    path = Path(f"/tmp/slurmfork-{os.geteuid()}")
+    """Where this user's processes on this machine share answers; None if there is no place to be trusted."""
     try:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        facts = path.lstat()
-    except OSError:
+        return user_directory()
+    except RunDirError:
         return None
-    private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o077
-    return path if private else None
 
 
 def _is_recent(job: Job, cache: Cache) -> bool:

@@ -5,6 +5,7 @@ It never looks at a run's workers, and holds no state of its own: jobs are known
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from slurmfork.backends import slurm_doctor, slurm_records
-from slurmfork.backends.base import Check, Job, JobReport
+from slurmfork.backends.base import PATIENCE_S, Check, Job, JobReport
 from slurmfork.backends.queue import GONE, Queue, shared_directory
-from slurmfork.backends.slurm_commands import Answer, ask, of_cluster
-from slurmfork.errors import BackendError
+from slurmfork.backends.slurm_commands import Answer, ask, environment_of_job, of_cluster
+from slurmfork.backends.slurm_options import ignored
+from slurmfork.errors import BackendError, Unanswered
 from slurmfork.names import ENDED_STATES
+from slurmfork.rundir import HeadRecord
 
 if TYPE_CHECKING:
     from slurmfork.plan import Request
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
 _SUBMITTED = re.compile(r"^(\d+)(?:;(\S+))?$", re.MULTILINE)
 _PREFIX = re.compile(r"\bsbatch: (?:(?:error|fatal): )?")
+_LOST = re.compile("did not answer|timed out|receive failure|shutdown failure|Zero Bytes", re.IGNORECASE)
 _NO_SLURM = "is this a Slurm login node? `--backend local` runs on this machine"
 _LOOK_S = 1.0
 
@@ -39,33 +43,42 @@ class SlurmBackend:
         self._directory = directory
 
     def submit(self, rundir: RunDir, spec: Spec, request: Request) -> Job:
-        """Submit the batch script; raises BackendError with Slurm's own words, and a hint, if refused."""
-        answer = ask(["sbatch", "--parsable", str(rundir.script)], submit=True)
+        """Submit the batch script; raises BackendError with Slurm's own words, and a hint, if refused.
+
+        Raises Unanswered if the answer was lost on its way: a slow slurmctld takes jobs that it was sent long ago.
+        """
+        answer = ask(["sbatch", "--parsable", str(rundir.script)], env=environment_of_job(spec.secrets))
         if answer.missing:
             raise BackendError(f"{answer.words}: {_NO_SLURM}")
         found = _SUBMITTED.findall(answer.output)
+        if not found and _LOST.search(answer.words):
+            raise Unanswered(f"sbatch: {_PREFIX.sub('', answer.words)}; Slurm may have taken the job all the same")
         if not found:
             raise BackendError(_refusal(answer, request))
         job_id, cluster = found[-1]  # a site's wrapper may print before it
         submitted = _submit_time(job_id, cluster)
-        notes = [answer.words] if answer.words else []
+        notes = [*([answer.words] if answer.words else []), *ignored(spec, os.environ)]
         return Job(job_id=job_id, cluster=cluster or None, submitted=submitted, notes=notes)
 
-    def report(self, jobs: Sequence[tuple[RunDir, Job]]) -> dict[str, JobReport]:
-        """Slurm's word on each job, by job id; Slurm is asked once for all, and every 10 s at most."""
-        asked = sorted((job for _, job in jobs), key=lambda job: job.submitted)  # the latest of an id counts
-        reports: dict[str, JobReport] = {}
-        for cluster in sorted({job.cluster or "" for job in asked}):
-            own = [job for job in asked if (job.cluster or "") == cluster]
-            reports.update(self._queue(cluster).report(own))
-        return reports
+    def started(self, rundir: RunDir) -> str | None:
+        """The job in which the head runs, or ran."""
+        record = rundir.read_record(rundir.head, HeadRecord)
+        return record.job_id if record else None
 
-    def cancel(self, rundir: RunDir, job: Job) -> None:
+    def report(self, jobs: Sequence[tuple[RunDir, Job]], patience: float = PATIENCE_S) -> list[JobReport]:
+        """Slurm's word on each job; Slurm is asked once for all, and every 10 s at most."""
+        reports: dict[int, JobReport] = {}
+        for cluster in sorted({job.cluster or "" for _, job in jobs}):
+            own = {place: job for place, (_, job) in enumerate(jobs) if (job.cluster or "") == cluster}
+            reports.update(zip(own, self._queue(cluster).report(list(own.values()), patience), strict=True))
+        return [reports[place] for place in range(len(jobs))]
+
+    def cancel(self, rundir: RunDir, job: Job, patience: float = PATIENCE_S) -> None:
         """scancel, for this very job: an id may have been given to another since. Raises BackendError."""
         report = self._queue(job.cluster).look(job)
         if report.state in ENDED_STATES or report.word == GONE:
             return
-        answer = ask([*of_cluster("scancel", job.cluster), job.job_id])
+        answer = ask([*of_cluster("scancel", job.cluster), job.job_id], timeout=patience)
         if not answer.ok and not re.search("Invalid job id|already complet", answer.words):
             raise BackendError(f"scancel {job.job_id}: {answer.words}")
 
@@ -98,8 +111,6 @@ def _submit_time(job_id: str, cluster: str | None) -> float:
 def _refusal(answer: Answer, request: Request) -> str:
     """Why sbatch did not take the job, in its own words, with what may help."""
     words = answer.words or f"sbatch printed no job id but {answer.output.strip()[:200]!r}"
-    if "did not answer" in words:
-        return f"{words}; it may have submitted the job: look at `squeue --me` before you try again"
     return f"sbatch: {_PREFIX.sub('', words)}{_hint(words, request)}"
 
 

@@ -10,9 +10,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from slurmfork import names
+from slurmfork import devices, names
+from slurmfork.backends.base import PATIENCE_S
 
-TIMEOUT_S = 60.0
 # What a shell inside of a job, or of a worker of ours, would hand on to the commands or to the new job.
 _PROGRAMS = "SLURM SLURMD SBATCH SRUN SALLOC SQUEUE SACCT SCANCEL SINFO SCONTROL SLURMFORK"
 _SCRUBBED = tuple(f"{program}_" for program in _PROGRAMS.split())
@@ -28,29 +28,35 @@ class Answer(NamedTuple):
     missing: bool = False
 
 
-def environment(own: Mapping[str, str] | None = None, *, submit: bool = False) -> dict[str, str]:
-    """The environment for a command of Slurm; with ``submit`` the one that the job gets too.
+def environment(own: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment to ask a command of Slurm in.
 
-    To ask is done in UTC and in C: times are printed without a zone, and words are compared.
+    In UTC and in C: times are printed without a zone, and words are compared.
     """
-    found = {
-        name: value
-        for name, value in (os.environ if own is None else own).items()
-        if name in _KEPT
-        or not name.startswith(_SCRUBBED)
-        or name in (names.ROOT, *(("SLURM_CLUSTERS",) if submit else ()))
-    }
-    return found if submit else {**found, "TZ": "UTC0", "LC_ALL": "C"}
+    return {**_outside(os.environ if own is None else own), "TZ": "UTC0", "LC_ALL": "C"}
 
 
-def ask(argv: Sequence[str], *, timeout: float = TIMEOUT_S, submit: bool = False) -> Answer:
+def environment_of_job(secrets: Sequence[str], own: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment to submit in, which the job gets too, and Slurm stores: nothing secret is in it."""
+    given = os.environ if own is None else own
+    dropped = {*secrets, *((*names.WORKERS_OWN, *devices.VARIABLES) if names.WORKER in given else ())}
+    clusters = {name: value for name, value in given.items() if name == "SLURM_CLUSTERS"}
+    return {name: value for name, value in {**_outside(given), **clusters}.items() if name not in dropped}
+
+
+def _outside(given: Mapping[str, str]) -> dict[str, str]:
+    kept = (*_KEPT, names.ROOT, names.DEVICE_FILES)
+    return {name: value for name, value in given.items() if name in kept or not name.startswith(_SCRUBBED)}
+
+
+def ask(argv: Sequence[str], *, timeout: float = PATIENCE_S, env: Mapping[str, str] | None = None) -> Answer:
     """Run a command of Slurm to its end; an answer that is not ``ok`` says why in ``words``."""
     try:
         done = subprocess.run(
             list(argv),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env=environment(submit=submit),
+            env=environment() if env is None else env,
             timeout=timeout,
             check=False,
         )

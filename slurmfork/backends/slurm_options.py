@@ -6,12 +6,14 @@ file, and so was not checked, is held to it here.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slurmfork.errors import Problem, SpecError
-from slurmfork.spec.sbatch import REFUSED, TEMPLATE
+from slurmfork.spec.sbatch import ALLOWED, REFUSED, TEMPLATE
 
 if TYPE_CHECKING:
     from slurmfork.plan import Request
@@ -24,6 +26,13 @@ _GPU_OPTIONS = {"gpus-per-node", "gres"}
 _CPU_OPTIONS = {"cpus-per-task", "cpus-per-gpu"}
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _UNLIMITED = {"unlimited", "infinite", "0"}
+_VARIABLES = {  # of sbatch that are not called like their option
+    "array-inx": "array",
+    "cpu-freq-req": "cpu-freq",
+    "mem-per-node": "mem",
+    "req-switch": "switches",
+    "timelimit": "time",
+}
 _PLAIN = re.compile(r"[A-Za-z0-9_./:,@%+=^*-]+")
 _UNSPEAKABLE = re.compile(r"[\0\n]")
 
@@ -39,13 +48,33 @@ def options(spec: Spec, request: Request, run_dir: Path) -> list[Option]:
         found.append(("cpus-per-task", str(request.cpus_per_node)))
     if request.gpus_per_node and not given & _GPU_OPTIONS:
         found.append(("gpus-per-node", str(request.gpus_per_node)))
-    found += [("output", _output(run_dir)), ("open-mode", "append"), ("no-requeue", None)]
+    requeue = "requeue" if spec.requeue else "no-requeue"
+    found += [("output", _output(run_dir)), ("open-mode", "append"), (requeue, None)]
+    if spec.on_node_fail == "continue":
+        found.append(("no-kill", None))
     limit = next((seconds(value) for name, value in own if name == "time" and value), None)
-    if limit:
-        found.append(("signal", f"B:USR1@{max(1, min(WARNING_S, limit // 10))}"))
+    lead = max((math.ceil(role.checkpoint.before) for role in spec.roles.values() if role.checkpoint), default=0)
+    if limit and lead >= limit:
+        message = f"a checkpoint is to be {lead} s before the end of a job whose time limit is {limit} s"
+        raise SpecError([Problem(message, "slurm.time")])
+    if limit or lead:
+        found.append(("signal", f"B:USR1@{lead or max(1, min(WARNING_S, (limit or 0) // 10))}"))
     if "job-name" not in given:
         found.insert(0, ("job-name", spec.name))
     return found + own
+
+
+def ignored(spec: Spec, environment: Mapping[str, str]) -> list[str]:
+    """What to say of variables that give options to sbatch: it does not see them, the spec is all that counts."""
+    notes = []
+    for name in sorted(name for name in environment if name.startswith("SBATCH_")):
+        word = name.removeprefix("SBATCH_").lower().replace("_", "-")
+        option = _VARIABLES.get(word, word)
+        if option in REFUSED:
+            notes.append(f"{name} is set and ignored: {REFUSED[option]}")
+        elif option in ALLOWED and option not in spec.slurm:
+            notes.append(f"{name} is set and ignored: put {option} into slurm:")
+    return notes
 
 
 def _users(section: dict[str, Any]) -> list[Option]:

@@ -16,6 +16,14 @@ from slurmfork.messages import CancelReply, StopReply, WorkerView
 from slurmfork.run import Run
 
 Outcome: TypeAlias = "CancelReply | SlurmforkError"
+NOT_VERIFIED = "not verified"  # what the head puts before the reason why a worker's node could not be asked
+
+
+class Interrupted(SlurmforkError):
+    """Ctrl-C, where there is more to be said than that."""
+
+    exit_code = 130
+    kind = "interrupted"
 
 
 @verb(
@@ -51,8 +59,9 @@ def fork(
 
     Returns when they are up. ROLE is one of the spec's, or a new name, with --target and a command.
     """
+    found = Run.load(run, root)
     try:
-        children = Run.load(run, root).fork(
+        children = found.fork(
             role,
             target=target,
             count=count,
@@ -61,6 +70,8 @@ def fork(
             timeout=timeout,
             request_id=request_id,
         )
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; the fork goes on: `slurmfork ps {found.run_id}` shows how") from None
     except Refused as error:
         if not isinstance(error.detail, list) or not error.detail:
             raise
@@ -91,16 +102,19 @@ def stop(run: str, target: str, grace: float | None, root: str | None, as_json: 
         output.document({"stopped": reply.stopped, "survivors": reply.survivors, "results": reply.results})
     else:
         _tell_stopped(target, reply)
-    for result in reply.results:
-        for survivor in result.survivors:
-            output.aside(f"  still alive: {result.worker}: {survivor}")
-    if reply.survivors:
-        output.complain(f"{output.plural(reply.survivors, 'process')} of {target} would not die, not even by SIGKILL")
+    left = [(result.worker, survivor) for result in reply.results for survivor in result.survivors]
+    unsure = [worker for worker, survivor in left if survivor.startswith(NOT_VERIFIED)]
+    for worker, survivor in left:
+        output.aside(f"  {worker}: {survivor}" if worker in unsure else f"  still alive: {worker}: {survivor}")
+    if alive := len(left) - len(unsure):
+        output.complain(f"{output.plural(alive, 'process')} of {target} would not die, not even by SIGKILL")
+    if unsure:
+        output.complain(f"{output.plural(len(unsure), 'worker')} of {target} may still run; try again")
     return 1 if reply.survivors else 0
 
 
 def _tell_stopped(target: str, reply: StopReply) -> None:
-    if not reply.stopped:
+    if not reply.stopped and not reply.survivors:
         output.say(f"nothing of {target} was running")
     how = {result.worker: result for result in reply.results}
     for worker in reply.stopped:
@@ -118,7 +132,7 @@ def _tell_stopped(target: str, reply: StopReply) -> None:
 def cancel(run: Sequence[str], root: str | None, as_json: bool) -> int:
     """End runs, wait until they are gone, and verify: counts what is left on every node.
 
-    Exits with 1 if a process is left, or if there is a node that could not be asked.
+    Exits with 1 if a process is left, or if there is a node that could not be asked, or a job not cancelled.
     """
     found = list({one.run_id: one for one in (Run.load(name, root) for name in run)}.values())
     outcomes = _cancel_all(found)
@@ -159,11 +173,12 @@ def _document(run: Run, outcome: Outcome) -> dict[str, object]:
         "survivors": outcome.survivors,
         "unverified": outcome.unverified,
         "details": outcome.details,
+        "notes": outcome.notes,
     }
 
 
 def _tell(run: Run, outcome: Outcome, *, as_json: bool) -> bool:
-    """Say how the cancel of a run went; returns whether nothing of it can be left."""
+    """Say how the cancel of a run went; returns whether all of it did, and nothing can be left."""
     if isinstance(outcome, SlurmforkError):
         output.complain(f"{run.run_id}: {outcome}")
         return False
@@ -171,9 +186,11 @@ def _tell(run: Run, outcome: Outcome, *, as_json: bool) -> bool:
         output.say(attached.cancelled_line(run, outcome))
     for line in outcome.details:
         output.aside(f"  still alive: {line}")
+    for note in outcome.notes:
+        output.complain(f"{run.run_id}: {note}")
     if outcome.survivors:
         output.complain(f"{run.run_id}: `slurmfork clean {run.run_id}` tries again to end what is left")
     if outcome.unverified:
         nodes = ", ".join(outcome.unverified)
         output.complain(f"{run.run_id}: could not ask {nodes}; run `slurmfork clean {run.run_id}` there to make sure")
-    return not outcome.survivors and not outcome.unverified
+    return not (outcome.survivors or outcome.unverified or outcome.notes)

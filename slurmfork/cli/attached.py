@@ -1,6 +1,7 @@
 """A run in the foreground: its logs on stdout, its states on stderr, and Ctrl-C as its end.
 
-SIGTERM and SIGHUP mean the same as Ctrl-C: whoever closes the terminal wants nothing left behind.
+SIGTERM and SIGHUP mean the same as Ctrl-C, and so does output that nobody reads any more: whoever closes the
+terminal or the pipe wants nothing left behind.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from slurmfork.errors import SlurmforkError
 from slurmfork.logs import Merged
 from slurmfork.messages import CancelReply
 from slurmfork.names import RunState
-from slurmfork.observe import RunStatus
 from slurmfork.run import Run
 
 LOOK_STARTING = 1.0  # seconds between two looks at the state, while it is about to change
@@ -38,19 +38,14 @@ def submit_and_follow(submit: Callable[[], Run], *, prefix: bool) -> int:
     """Submit, print the logs of the run to its end, and return the exit status for the command."""
     with _ear() as ear:
         run = submit()
-        output.complain(name_line(run))
-        screen = _Screen(run, prefix=prefix)
+        screen = _Screen(run, ear, prefix=prefix)
         try:
             ear.raise_from_now_on()
-            status = _to_the_end(run, screen)
+            screen.say(*run.notes, name_line(run))
+            return _to_the_end(run, screen)
         except Told as told:
             _cancel(run, screen)
             return 128 + told.number
-    screen.look(final=True)
-    failure.explain(run, status, tails=not screen.lines)
-    if failure.exit_status(status) == 0:
-        output.complain(f"{run.run_id} is {status.state}")
-    return failure.exit_status(status)
 
 
 def name_line(run: Run) -> str:
@@ -66,9 +61,10 @@ class _Ear:
         self._heard: int | None = None
         self._raises = False
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
+    def hear(self, number: int, frame: FrameType | None = None) -> None:
+        repeated = number == signal.SIGHUP and self._heard is not None  # a terminal that closes says so more than once
         self._heard = number
-        if self._raises:
+        if self._raises and not repeated:
             raise Told(number)
 
     def raise_from_now_on(self) -> None:
@@ -92,7 +88,10 @@ def _ear() -> Iterator[_Ear]:
 
 
 class _Screen:
-    def __init__(self, run: Run, *, prefix: bool) -> None:
+    """All that is shown. Should it be lost, the ear hears that as a SIGHUP, and the rest goes nowhere."""
+
+    def __init__(self, run: Run, ear: _Ear, *, prefix: bool) -> None:
+        self._ear = ear
         self._logs = Merged(run.rundir)
         self._printer = logview.Printer(prefix=prefix)
 
@@ -100,30 +99,56 @@ class _Screen:
     def lines(self) -> int:
         return self._printer.lines
 
+    def say(self, *lines: str) -> None:
+        with self.watched():
+            for line in lines:
+                output.complain(line)
+
     def look(self, *, final: bool = False) -> None:
-        for source, line in self._logs.new(final=final):
-            self._printer.line(source, line)
-        sys.stdout.buffer.flush()
+        with self.watched():
+            for source, line in self._logs.new(final=final):
+                self._printer.line(source, line)
+            sys.stdout.buffer.flush()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """For whatever prints."""
+        failed = False
+        try:
+            yield
+        except OSError:
+            failed = True
+        if output.give_up_lost() or failed:
+            self._ear.hear(signal.SIGHUP)
 
 
-def _to_the_end(run: Run, screen: _Screen) -> RunStatus:
-    shown = progress.Plain()
+def _to_the_end(run: Run, screen: _Screen) -> int:
+    shown, told = progress.Plain(), set[str]()
     due = 0.0
     while True:
         now = time.monotonic()
         if now >= due or run.rundir.end.exists():
             status = run.status()
             if status.over:
-                return status
-            shown.show(status)
+                break
+            with screen.watched():
+                shown.show(status)
+            new = [line for line in progress.notes(status) if line not in told]
+            screen.say(*new)
+            told.update(new)
             due = now + (LOOK_READY if status.state is RunState.READY else LOOK_STARTING)
         screen.look()
         time.sleep(logview.POLL)
+    screen.look(final=True)
+    with screen.watched():
+        failure.explain(run, status, tails=not screen.lines)
+        if failure.exit_status(status) == 0:
+            output.complain(f"{run.run_id} is {status.state}")
+    return failure.exit_status(status)
 
 
 def _cancel(run: Run, screen: _Screen) -> None:
     """End the run while its last words are still printed; leaves at once if told again."""
-    output.complain(f"cancelling {run.run_id}; Ctrl-C again leaves without waiting for its end")
     outcome: list[CancelReply | SlurmforkError] = []
 
     def work() -> None:
@@ -133,24 +158,25 @@ def _cancel(run: Run, screen: _Screen) -> None:
             outcome.append(error)
 
     worker = threading.Thread(target=work, daemon=True)  # daemon: it must not hold us up when told again
-    worker.start()
+    worker.start()  # before anything is said: there may be nobody to hear it
     begun = time.monotonic()
     try:
+        screen.say(f"cancelling {run.run_id}; Ctrl-C again leaves without waiting for its end")
         while worker.is_alive():
             screen.look()
             worker.join(logview.POLL)
         screen.look(final=True)
     except Told:
         worker.join(max(0.0, begun + ASKING - time.monotonic()))
-        output.complain(f"not waiting; the cancel goes on, `slurmfork cancel {run.run_id}` waits until it is done")
+        screen.say(f"not waiting; the cancel goes on, `slurmfork cancel {run.run_id}` waits until it is done")
         return
-    output.complain(_outcome(run, outcome[0]) if outcome else f"the cancel of {run.run_id} broke off; repeat it")
+    screen.say(_outcome(run, outcome[0]) if outcome else f"the cancel of {run.run_id} broke off; repeat it")
 
 
 def _outcome(run: Run, outcome: CancelReply | SlurmforkError) -> str:
     if isinstance(outcome, SlurmforkError):
         return f"{outcome}; `slurmfork cancel {run.run_id}` tries again"
-    return cancelled_line(run, outcome)
+    return "; ".join([cancelled_line(run, outcome), *outcome.notes])
 
 
 def cancelled_line(run: Run, reply: CancelReply) -> str:

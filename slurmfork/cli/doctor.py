@@ -1,6 +1,7 @@
 """Doctor: looks at what slurmfork needs of this machine, its file system and its Slurm, and says what to do.
 
-Changes nothing but for one small file that it writes under the root and removes again.
+Changes nothing but for one small file that it writes under the root and removes again, and this user's directory
+under /tmp, which it makes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from slurmfork import backends, rundir
 from slurmfork.backends.base import Check
 from slurmfork.cli import output
 from slurmfork.cli.options import verb
-from slurmfork.errors import SlurmforkError
+from slurmfork.errors import RunDirError, SlurmforkError
+from slurmfork.userdir import user_directory
 
 PACKAGES = {  # as in setup.cfg; a test compares them
     "aiohttp": "3.9",
@@ -136,16 +138,10 @@ def _succeeds(work: Callable[[], None]) -> bool:
 
 def _scratch() -> Check:
     """The node-local directory of this user, which must be nobody else's."""
-    path = Path(f"/tmp/slurmfork-{os.geteuid()}")
     try:
-        seen = path.lstat()
-    except FileNotFoundError:
-        ok = os.access("/tmp", os.W_OK | os.X_OK)
-        return Check(name="scratch", ok=ok, detail=f"{path} can be made" if ok else "/tmp cannot be written to")
-    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid() or seen.st_mode & 0o077:
-        detail = f"{path} is not a private directory of yours: remove it, or ask who made it"
-        return Check(name="scratch", ok=False, detail=detail)
-    return Check(name="scratch", ok=True, detail=f"{path} is yours and private")
+        return Check(name="scratch", ok=True, detail=f"{user_directory()} is yours and private")
+    except RunDirError as error:
+        return Check(name="scratch", ok=False, detail=str(error))
 
 
 def _limits() -> Check:

@@ -14,7 +14,9 @@ from slurmfork.errors import UsageError
 from slurmfork.messages import NodeView, WorkerView
 from slurmfork.names import split_target
 from slurmfork.observe import RunStatus
-from slurmfork.run import Run, statuses
+from slurmfork.run import QUICK, Run, statuses
+
+OLD = 30.0  # seconds after which a scheduler's word is told with its age
 
 # --- status
 
@@ -29,13 +31,13 @@ def status(run: str | None, root: str | None, as_json: bool) -> None:
     """Show all runs, the newest last; or RUN in detail: its nodes, what failed, and how fresh that is."""
     if run is not None:
         found = Run.load(run, root)
-        [(one, workers)] = statuses([found])
+        [(one, workers)] = statuses([found], QUICK)
         if as_json:
             output.document({"runs": [one]})
         else:
             _detail(one, workers)
         return
-    every = [one for one, _ in statuses(Run.all(root))]
+    every = [one for one, _ in statuses(Run.all(root), QUICK)]
     if as_json:
         output.document({"runs": every})
     elif not every:
@@ -48,7 +50,7 @@ def status(run: str | None, root: str | None, as_json: bool) -> None:
 def _row(one: RunStatus) -> list[object]:
     nodes = f"{sum(node.joined for node in one.nodes)}/{len(one.nodes)}" if one.nodes else "-"
     age = output.since(one.submitted)
-    reason = one.reason or ("" if one.over else _freshness(one))
+    reason = _stale(one) if one.reason else ("" if one.over else _freshness(one))
     return [one.run_id, one.name, one.backend, one.job_id or "-", one.state, nodes, _up(one), age, reason]
 
 
@@ -66,8 +68,15 @@ def _freshness(one: RunStatus) -> str:
     if one.source == "saved":
         return f"as its head saw it {output.span(one.age)} ago"
     if one.source == "scheduler":
-        return f"the scheduler's word: {one.scheduler}" if one.scheduler else "the scheduler's word"
+        ago = f" {output.span(one.age)} ago" if one.age > OLD else ""
+        return f"the scheduler's word{ago}" + (f": {one.scheduler}" if one.scheduler else "")
     return "nothing heard of it yet" if one.source == "submit" else ""
+
+
+def _stale(one: RunStatus) -> str:
+    """The reason, and its age where the scheduler has not answered for a while."""
+    old = one.source == "scheduler" and one.age > OLD and not one.over
+    return one.reason + (f" (as of {output.span(one.age)} ago)" if old else "")
 
 
 def _detail(one: RunStatus, workers: list[WorkerView]) -> None:
@@ -78,6 +87,7 @@ def _detail(one: RunStatus, workers: list[WorkerView]) -> None:
         ("exit status", one.exit_status),
         ("job", f"{one.backend} {one.job_id or '(none)'}"),
         ("submitted", f"{output.since(one.submitted)} ago"),
+        ("attempt", one.attempt + 1 if one.attempt else ""),
         ("workers", _counts(one)),
         ("left behind", _left(one)),
         ("directory", one.run_dir),
@@ -87,7 +97,9 @@ def _detail(one: RunStatus, workers: list[WorkerView]) -> None:
             output.say(f"{title + ':':<12} {fact}")
     if one.nodes:
         output.say()
-        output.table(["NODE", "JOINED", "GUARANTEE", "GPUS", "CPUS", "ADDRESS", "NOTES"], [_node(n) for n in one.nodes])
+        output.table(["NODE", "JOINED", "GUARANTEE", "GPUS", "CPUS", "ADDRESS"], [_node(n) for n in one.nodes])
+        for line in progress.notes(one):
+            output.say(line)
     if failed := failure.failed_workers(workers):
         output.say()
         for view in failed[: failure.SHOWN]:
@@ -128,9 +140,8 @@ def _left(one: RunStatus) -> str:
 
 def _node(node: NodeView) -> list[object]:
     gpus = output.numbers(node.devices) or "-"
-    notes = "; ".join(node.notes)
     joined = "SILENT" if node.silent else "yes" if node.joined else "NO"
-    return [node.node, joined, node.guarantee, gpus, node.cpus, node.address, notes]
+    return [node.node, joined, node.guarantee, gpus, node.cpus, node.address]
 
 
 # --- ps

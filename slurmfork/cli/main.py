@@ -28,6 +28,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "validate": ("specs", "Check a spec; every mistake with its file and line."),
         "plan": ("specs", "Show which worker goes on which node, with which GPUs."),
         "render": ("specs", "Print the batch script that would be submitted."),
+        "epilog": ("specs", "Print an epilog for Slurm, for who runs the cluster."),
     },
     "Runs": {
         "submit": ("submit", "Submit a spec."),

@@ -6,7 +6,9 @@ Texts that came from workers or from Slurm are printed as they are, never read a
 
 from __future__ import annotations
 
+import os
 import re
+import select
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ KINDS: dict[type[errors.SlurmforkError], str] = {
     errors.PlanError: "plan",
     errors.UsageError: "usage",
     errors.RunNotFound: "not_found",
+    errors.Unanswered: "unanswered",
     errors.BackendError: "backend",
     errors.RunDirError: "run_dir",
     errors.Unreachable: "unreachable",
@@ -33,6 +36,7 @@ STYLES = {
     "node_fail": "bold red",
     "timeout": "red",
     "preempted": "yellow",
+    "unknown": "yellow",
     "cancelled": "yellow",
     "stopping": "yellow",
     "restarting": "yellow",
@@ -101,6 +105,20 @@ def complain(line: str) -> None:
 def aside(line: str) -> None:
     """A line on stderr that goes with the one before."""
     print(line, file=sys.stderr, flush=True)
+
+
+def give_up_lost() -> bool:
+    """Whether the reader of stdout or stderr has left, or its terminal; what is said there then goes nowhere."""
+    watch = select.poll()
+    for descriptor in (1, 2):
+        watch.register(descriptor, 0)
+    lost = [descriptor for descriptor, event in watch.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    if lost:
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        for descriptor in lost:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+    return bool(lost)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]], *, indent: str = "") -> None:

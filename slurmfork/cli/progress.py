@@ -97,6 +97,11 @@ def counts(status: RunStatus) -> str:
     return ", ".join(parts)
 
 
+def notes(status: RunStatus) -> list[str]:
+    """What is to be said of its nodes, a line each."""
+    return [f"node {node.node}: {output.one_line(note)}" for node in status.nodes for note in node.notes]
+
+
 def until(run: Run, goal: str, shown: Face, timeout: float | None = None) -> RunStatus:
     """Wait until the run is ``ready`` (or over) or ``done``; raises Late after ``timeout`` seconds."""
     deadline = None if timeout is None else time.monotonic() + timeout

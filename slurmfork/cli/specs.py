@@ -182,6 +182,18 @@ def render(spec: Path, backend: str | None, overrides: Sequence[str], template: 
     click.echo(script, nl=not script.endswith("\n"))
 
 
+@verb("epilog", uses_root=False, examples=["slurmfork epilog > /etc/slurm/epilog.d/slurmfork.sh"])
+def epilog() -> None:
+    """Print an epilog for Slurm, for who runs the cluster: it ends what a run has left on a node.
+
+    It names this installation, which the nodes have to see, and root has to be the only one to change.
+    """
+    from slurmfork import render as rendering
+
+    package = Path(rendering.__file__).resolve().parent
+    click.echo(rendering.epilog(python=sys.executable, package=package), nl=False)
+
+
 def _read(path: Path, backend: str | None, overrides: Sequence[str]) -> Spec:
     from slurmfork.spec import reader
 

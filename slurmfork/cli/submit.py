@@ -28,13 +28,6 @@ from slurmfork.run import Run
 INTERRUPTED = 130
 
 
-def _submit(spec: Path, backend: str | None, overrides: Sequence[str], template: Path | None, root: str | None) -> Run:
-    run = submission.submit(spec, backend=backend, root=root, template=template, overrides=overrides)
-    for text in run.notes:
-        output.complain(text)
-    return run
-
-
 @verb(
     "submit",
     prints_data=True,
@@ -67,7 +60,9 @@ def submit(
 
     On a terminal, shows progress until the run is ready; Ctrl-C lets go of it and leaves the run alone.
     """
-    run = _submit(spec, backend, overrides, template, root)
+    run = submission.submit(spec, backend=backend, root=root, template=template, overrides=overrides)
+    for text in run.notes:
+        output.complain(text)
     if not as_json:
         output.say(attached.name_line(run))
     if not wait and (as_json or not sys.stdout.isatty()):
@@ -91,6 +86,8 @@ def _is_up(run: Run, status: RunStatus, *, as_json: bool) -> int:
     if as_json:
         output.document(_submitted(run, status))
     elif status.state is RunState.READY:
+        for line in progress.notes(status):
+            output.complain(line)
         output.say(f"{run.run_id} is ready: {progress.counts(status)}")
         _next_steps(run, ready=True)
     elif status.state is RunState.COMPLETED:
@@ -129,11 +126,12 @@ def run(
 ) -> int:
     """Submit SPEC and follow its logs to the end; exits with the run's own status.
 
-    Ctrl-C cancels the run, and waits until nothing of it is left; a second Ctrl-C does not wait.
+    Ctrl-C cancels the run, and waits until nothing of it is left; a second Ctrl-C does not wait. To close the
+    terminal, or the pipe that it prints to, cancels the run too.
     """
 
     def start() -> Run:
-        return _submit(spec, backend, overrides, template, root)
+        return submission.submit(spec, backend=backend, root=root, template=template, overrides=overrides)
 
     return attached.submit_and_follow(start, prefix=not no_prefix)
 

@@ -33,34 +33,56 @@ def clean(run: str | None, every: bool, root: str | None, as_json: bool) -> int:
     if (run is None) != every:
         raise UsageError("say which run to clean, or --all")
     found = [Run.load(run, root)] if run is not None else Run.all(root)
-    over = [one for one, (status, _) in zip(found, statuses(found), strict=True) if _is_over(status, skip=every)]
-    swept = [(one.run_id, aftermath.sweep_run(one.rundir)) for one in over]
+    judged = zip(found, statuses(found), strict=True)
+    over = [one for one, (status, _) in judged if _is_over(one, status, skip=every)]
+    swept: dict[str, Aftermath] = {}
+    failed: dict[str, SlurmforkError] = {}
+    for one in over:
+        try:
+            swept[one.run_id] = aftermath.sweep_run(one.rundir)
+        except SlurmforkError as error:
+            if not every:
+                raise
+            failed[one.run_id] = error
     if as_json:
-        output.document(_document(swept))
-    for run_id, after in swept:
+        output.document(_document(swept, failed))
+    for run_id, after in swept.items():
         _tell(run_id, after, as_json=as_json)
+    for run_id, reason in failed.items():
+        output.complain(f"{run_id}: {reason}")
     if every and not as_json:
-        output.say(f"{output.plural(len(over), 'run')} looked at, {len(found) - len(over)} still alive left alone")
-    return 1 if any(after.survivors or after.unverified for _, after in swept) else 0
+        output.say(f"{output.plural(len(over), 'run')} looked at, {len(found) - len(over)} that may live left alone")
+    return 1 if failed or any(after.survivors or after.unverified for after in swept.values()) else 0
 
 
-def _is_over(status: RunStatus, *, skip: bool) -> bool:
+def _is_over(run: Run, status: RunStatus, *, skip: bool) -> bool:
     """Whether a run is over; one that was named and is not is refused."""
-    if not status.over and not skip:
-        raise Refused(f"{status.run_id} is {status.state}; cancel it first", "not_over")
-    return status.over
+    if status.over:
+        return True
+    if skip:
+        return False
+    # Its head is silent, and the scheduler's word may be some seconds old: that is worth asking anew.
+    if status.source != "head" and run.job is not None and run.backend.ended(run.rundir, run.job):
+        return True
+    raise Refused(f"{status.run_id} is {status.state}; cancel it first", "not_over")
 
 
-def _document(swept: list[tuple[str, Aftermath]]) -> dict[str, Any]:
-    survivors = [line for _, after in swept for line in after.survivors]
+def _document(swept: dict[str, Aftermath], failed: dict[str, SlurmforkError]) -> dict[str, Any]:
+    survivors = [line for after in swept.values() for line in after.survivors]
     return {
-        "killed": [line for _, after in swept for line in after.killed],
+        "killed": [line for after in swept.values() for line in after.killed],
         "survivors": len(survivors),
         "details": survivors,
-        "unverified": sorted({node for _, after in swept for node in after.unverified}),
+        "unverified": sorted({node for after in swept.values() for node in after.unverified}),
         "runs": [
-            {"run_id": run_id, "killed": a.killed, "survivors": len(a.survivors), "unverified": a.unverified}
-            for run_id, a in swept
+            *(
+                {"run_id": run_id, "killed": a.killed, "survivors": len(a.survivors), "unverified": a.unverified}
+                for run_id, a in swept.items()
+            ),
+            *(
+                {"run_id": run_id, "error": str(error), "kind": output.kind_of(error)}
+                for run_id, error in failed.items()
+            ),
         ],
     }
 
@@ -114,7 +136,11 @@ def _changed(path: Path) -> float:
 
 def _nothing_left(run: Run) -> bool:
     """Whether no process of the run is left here: the directory is the only record of what it started."""
-    after = aftermath.sweep_run(run.rundir)
+    try:
+        after = aftermath.sweep_run(run.rundir)
+    except SlurmforkError as error:
+        output.complain(f"{run.run_id} is kept: {error}")
+        return False
     if after.survivors:
         output.complain(f"{run.run_id} is kept: {output.plural(len(after.survivors), 'process')} of it would not die")
     return not after.survivors

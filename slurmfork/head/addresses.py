@@ -6,15 +6,13 @@ a node is known to be reached.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import os
 import re
 import socket
 from collections.abc import Mapping
 
-log = logging.getLogger(__name__)
+from slurmfork.head import scheduler
 
 LOOPBACK = "127.0.0.1"
 _FIELD = re.compile(r"(?:^|\s)(NodeName|NodeAddr)=(\S+)")
@@ -25,23 +23,8 @@ async def node_addresses(environment: Mapping[str, str]) -> dict[str, str]:
     nodelist = environment.get("SLURM_JOB_NODELIST")
     if not nodelist:
         return {}
-    try:
-        process = await asyncio.create_subprocess_exec(
-            "scontrol",
-            "-o",
-            "show",
-            "node",
-            nodelist,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        output, _ = await asyncio.wait_for(process.communicate(), 60)
-    except (OSError, asyncio.TimeoutError) as error:
-        log.warning("scontrol show node: %s", error)
-        return {}
     found: dict[str, str] = {}
-    for line in output.decode(errors="replace").splitlines():
+    for line in (await scheduler.ask("scontrol", "-o", "show", "node", nodelist) or "").splitlines():
         fields = dict(_FIELD.findall(line))
         if (name := fields.get("NodeName")) and (address := _resolve(fields.get("NodeAddr") or name)):
             found[name] = address

@@ -9,35 +9,47 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurmfork.errors import RunDirError, SlurmforkError
+from slurmfork.head import scheduler
 from slurmfork.head.launcher import Launcher
 from slurmfork.head.members import Members
+from slurmfork.head.sweeper import PATIENCE_S, Sweeper
 from slurmfork.head.table import Table
+from slurmfork.head.warning import EndWarning
 from slurmfork.head.workers import STOP_MARGIN, Workers
-from slurmfork.messages import EndOrder, EndReport, WorkerView
+from slurmfork.messages import WorkerView
 from slurmfork.names import OVER_STATES, RunState, WorkerState
+from slurmfork.orders import EndOrder, EndReport
 from slurmfork.rundir import EndRecord, RunDir
+from slurmfork.spec import Spec
 
 log = logging.getLogger(__name__)
 
 SIGTERM_STATUS = 128 + 15
 HOLD = 0.5  # a worker that dies of SIGTERM may be the first to hear that the whole job is being ended
 LAUNCHER_PATIENCE = 15.0
+DISK_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the run shall end. ``budget``: seconds in which all must be gone (None: as each worker's grace asks)."""
+    """How the run shall end. ``budget``: seconds in which all must be gone (None: as each worker's grace asks).
+
+    ``lost``: the node whose loss it is. ``requeue``: the run is to come back.
+    """
 
     state: RunState
     reason: str
     exit_status: int | None
     budget: float | None = None
     outside: bool = False
+    lost: str | None = None
+    requeue: bool = False
 
 
 class Ending:
@@ -49,15 +61,17 @@ class Ending:
         members: Members,
         workers: Workers,
         launcher: Launcher,
+        sweeper: Sweeper,
         rundir: RunDir,
-        *,
-        main: str | None,
+        spec: Spec,
     ) -> None:
         self.decided: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
         self.done: asyncio.Future[EndRecord] = asyncio.get_running_loop().create_future()
-        self.warned = False
         self._table, self._members, self._workers = table, members, workers
-        self._launcher, self._rundir, self._main = launcher, rundir, main
+        self._launcher, self._sweeper, self._rundir = launcher, sweeper, rundir
+        self._spec = spec
+        self._main = next((name for name, role in spec.roles.items() if role.main), None)
+        self.warning = EndWarning(spec, workers, os.environ, self._at_limit)
         self._held: dict[str, asyncio.TimerHandle] = {}
 
     def decide(self, verdict: Verdict) -> None:
@@ -70,13 +84,17 @@ class Ending:
 
     def told(self, by: str, budget: float) -> None:
         """Slurm, or somebody by signal, ends the job."""
-        state = RunState.TIMEOUT if self.warned else RunState.CANCELLED
-        reason = "the time limit was reached" if self.warned else f"ended from outside ({by})"
+        state = RunState.TIMEOUT if self.warning.time_limit else RunState.CANCELLED
+        reason = "the time limit was reached" if self.warning.time_limit else f"ended from outside ({by})"
         for name in self._held:  # they did not fail: the same signal reached them first
             view = self._table.workers.get(name)
             if view is not None and view.state is WorkerState.FAILED:
                 view.state, view.log_tail = WorkerState.STOPPED, ""
         self.decide(Verdict(state, reason, None, budget, outside=True))
+
+    def _at_limit(self) -> None:
+        """The time limit is so near that the run has to end now, to be put into the queue again."""
+        self.decide(Verdict(RunState.TIMEOUT, "the time limit is near", None, requeue=True))
 
     def worker_changed(self, view: WorkerView, planned: list[str]) -> None:
         """Judge a worker's new state: failures end the run, and so does the end of the main role."""
@@ -115,11 +133,14 @@ class Ending:
 
     def node_lost(self, node: str) -> None:
         """An agent is gone for longer than its lease: its workers are, too, or soon will be."""
-        for view in list(self._table.workers.values()):
-            if view.node == node and view.state not in OVER_STATES:
-                view.state, view.reason = WorkerState.FAILED, f"the agent on {node} was lost"
-                self._table.event("worker", state="failed", worker=view.worker, node=node, message=view.reason)
-        self.decide(Verdict(RunState.FAILED, f"the agent on node {node} was lost", 1, outside=True))
+        lost = [v for v in self._table.workers.values() if v.node == node and v.state not in OVER_STATES]
+        for view in lost:
+            view.state, view.reason = WorkerState.FAILED, f"the agent on {node} was lost"
+            self._table.event("worker", state="failed", worker=view.worker, node=node, message=view.reason)
+        if self._spec.on_node_fail == "continue" and not any(view.role == self._main for view in lost):
+            log.warning("node %s is lost: the run goes on without it", node)
+        else:
+            self.decide(Verdict(RunState.FAILED, f"the agent on node {node} was lost", 1, outside=True, lost=node))
 
     def launcher_ended(self, log_tail: str) -> None:
         """The launcher is gone while the run was not over: no agent is left, or none ever came."""
@@ -136,11 +157,15 @@ class Ending:
         for hold in self._held.values():
             hold.cancel()
         missing = self._members.close()
-        survivors, unverified = await self._end_agents(verdict.budget)
+        survivors, silent = await self._end_agents(verdict.budget)
+        left, unverified = await self._sweep(silent, verdict.budget)
+        survivors += left
+        if verdict.lost in unverified:  # it is not the agent alone that is gone
+            reason = f"node {verdict.lost} was lost: its agent is gone, and nothing can be run there"
+            verdict = replace(verdict, state=RunState.NODE_FAIL, reason=reason)
         if not await self._launcher_gone(verdict.budget) and missing:
             unverified.append(f"{missing} nodes whose agents never joined")
-        with contextlib.suppress(OSError):
-            self._rundir.secrets.unlink(missing_ok=True)
+        requeued = verdict.requeue and await self._requeue()
         record = EndRecord(
             state=verdict.state,
             reason=verdict.reason,
@@ -152,17 +177,39 @@ class Ending:
         )
         for line in survivors:
             log.error("still alive: %s", line)
-        self._table.set_state(verdict.state, verdict.reason, verdict.exit_status)
-        await self._table.close()
+        if requeued:
+            self._table.set_state(RunState.PENDING, "requeued at its time limit")
+        else:
+            self._table.set_state(verdict.state, verdict.reason, verdict.exit_status)
+        comes_back = requeued or (verdict.outside and self._spec.requeue)  # then its secrets are needed again
         try:
-            self._rundir.write_record(self._rundir.end, record)
-        except RunDirError as error:
-            log.error("the end could not be recorded: %s", error)
+            writing = asyncio.get_running_loop().run_in_executor(
+                None, self._write, None if requeued else record, comes_back
+            )
+            await asyncio.wait_for(asyncio.gather(self._table.close(), writing), DISK_PATIENCE)
+        except asyncio.TimeoutError:
+            log.error("the end could not be recorded within %g s: the run directory's file system hangs", DISK_PATIENCE)
         self.done.set_result(record)
         return record
 
+    async def _requeue(self) -> bool:
+        """Have Slurm put the job into the queue again; False where it does not."""
+        job_id = os.environ.get("SLURM_JOB_ID", "")
+        try:
+            # Before Slurm hears of it: the batch script, which it signals at once, must find a run that goes on.
+            self._rundir.write(self._rundir.requeued, b"")
+            self._rundir.head.unlink(missing_ok=True)
+        except (OSError, RunDirError) as error:
+            log.warning("the run is not requeued: %s", error)
+            return False
+        if await scheduler.ask("scontrol", "requeue", job_id, patience=30) is not None:
+            return True
+        with contextlib.suppress(OSError):
+            self._rundir.requeued.unlink(missing_ok=True)
+        return False
+
     async def _end_agents(self, budget: float | None) -> tuple[list[str], list[str]]:
-        """(descriptions of survivors, nodes that could not be asked)."""
+        """(descriptions of survivors, nodes whose agents did not answer)."""
         nodes = [member.node for member in self._members.sorted()]
         patience = STOP_MARGIN + (self._workers.longest_grace() if budget is None else budget)
         bodies = {node: EndOrder(budget=budget) for node in nodes}
@@ -176,6 +223,23 @@ class Ending:
             else:
                 survivors += [f"{node}: {line}" for line in answer.survivors]
         return survivors, unverified
+
+    def _write(self, record: EndRecord | None, keep_secrets: bool) -> None:
+        """Leave the run directory as a run that is over leaves it; in a thread, for the disk may hang."""
+        if not keep_secrets:
+            with contextlib.suppress(OSError):
+                self._rundir.secrets.unlink(missing_ok=True)
+        try:
+            if record is not None:
+                self._rundir.write_record(self._rundir.end, record)
+        except RunDirError as error:
+            log.error("the end could not be recorded: %s", error)
+
+    async def _sweep(self, nodes: list[str], budget: float | None) -> tuple[list[str], list[str]]:
+        """Sweep nodes whose agents did not answer; (descriptions of survivors, nodes where that was not possible)."""
+        found = await self._sweeper.sweep(nodes, PATIENCE_S if budget is None else min(PATIENCE_S, budget))
+        survivors = [f"{node}: {line}" for node, lines in found.items() for line in lines or ()]
+        return survivors, [node for node, lines in found.items() if lines is None]
 
     async def _launcher_gone(self, budget: float | None) -> bool:
         """Whether the launcher has ended, as it does when the last guardian has; bounded."""

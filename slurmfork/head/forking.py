@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import difflib
-from collections.abc import Sequence
 
 import msgspec
 
 from slurmfork import plan
 from slurmfork.errors import Refused, SlurmforkError
 from slurmfork.head.table import Table
-from slurmfork.head.workers import Workers, some, views_of
+from slurmfork.head.workers import Workers, views_of
 from slurmfork.messages import ForkReply, ForkRequest
-from slurmfork.names import LIVE_STATES, OVER_STATES, UP_STATES, RunState, WorkerState
+from slurmfork.names import OVER_STATES, UP_STATES, RunState, WorkerState
 from slurmfork.plan import Placement
 from slurmfork.spec import Role, Strategy
 
@@ -32,10 +31,11 @@ class Forks:
         """Start children beside each target; all of them or none. Raises Refused with the reason."""
         self._refuse_if_stopping()
         role, command = self._role(request)
-        held = any(view.state in LIVE_STATES for view in self._table.of_role(request.role))
+        held = [view for view in self._table.of_role(request.role) if view.state not in OVER_STATES]
         if held or request.role in self._workers.forking:
+            how = "is about to start" if held and held[0].state is WorkerState.PENDING else "runs already"
             raise Refused(
-                f"role {request.role} runs already; `slurmfork stop` it first, or fork under another name",
+                f"role {request.role} {how}; `slurmfork stop` it first, or fork under another name",
                 "in_use",
             )
         targets = self._targets(request.target or role.strategy.target)
@@ -59,19 +59,20 @@ class Forks:
         self._workers.expect(placements)
         names = [placement.worker for placement in placements]
         try:
-            await self._bring_up(request, placements, command)
-            self._refuse_if_gone(targets)
+            await self._bring_up(request, placements, command, [target.worker for target in targets])
         except BaseException as error:
             await asyncio.shield(self._roll_back(request.role, names, error))
             raise
         return ForkReply(workers=self._workers.views(names))
 
-    async def _bring_up(self, request: ForkRequest, placements: list[Placement], command: list[str] | None) -> None:
+    async def _bring_up(
+        self, request: ForkRequest, placements: list[Placement], command: list[str] | None, targets: list[str]
+    ) -> None:
         names = [placement.worker for placement in placements]
         begun = asyncio.get_running_loop().time()
         await self._workers.start(placements, command=command, extra=request.env, timeout=request.timeout)
         taken = asyncio.get_running_loop().time() - begun
-        await self._workers.until_up(names, request.timeout, taken=taken)
+        await self._workers.until_up(names, request.timeout, taken=taken, beside=targets)
 
     async def _roll_back(self, role: str, workers: list[str], error: BaseException) -> None:
         """Stop those that did start, and leave the name free; what failed is told by the error."""
@@ -84,9 +85,10 @@ class Forks:
         left = {result.worker: result.survivors for result in reply.results if result.survivors}
         if not left:
             self._workers.forget(role)
-        for view in self._workers.views(left):  # who may still be there stays in sight
-            view.state, view.reason = WorkerState.FAILED, "; ".join(left[view.worker])
-            self._table.update_worker(msgspec.structs.replace(view))
+        for view in self._workers.views(left):  # who may still be there stays in sight, and is stopped when seen
+            self._workers.unwanted.add(view.worker)
+            reason = "; ".join(left[view.worker])
+            self._table.update_worker(msgspec.structs.replace(view, state=WorkerState.FAILED, reason=reason))
 
     # --- what is asked for
 
@@ -113,11 +115,6 @@ class Forks:
             states = ", ".join(f"{view.worker} is {view.state}" for view in down[:4])
             raise Refused(f"the target is not running: {states}", "not_running")
         return [self._workers.placement(view.worker) for view in views]
-
-    def _refuse_if_gone(self, targets: Sequence[Placement]) -> None:
-        gone = [target.worker for target in targets if self._table.workers[target.worker].state in OVER_STATES]
-        if gone:
-            raise Refused(f"the target ended during the fork: {some(gone)}", "not_running")
 
     def _refuse_if_stopping(self) -> None:
         if self._table.state not in (RunState.STARTING, RunState.READY):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -10,23 +11,29 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
 
-from slurmfork import credentials, names
+from slurmfork import credentials, logbook, names
 from slurmfork.errors import PlanError, Refused, RunDirError, SlurmforkError
-from slurmfork.head import addresses
+from slurmfork.head import addresses, scheduler
+from slurmfork.head.absentees import BatchLog
 from slurmfork.head.api import Api
 from slurmfork.head.ending import Ending, Verdict
 from slurmfork.head.launcher import Launcher
 from slurmfork.head.members import Members, listen
+from slurmfork.head.preflight import preflight
 from slurmfork.head.server import serve
+from slurmfork.head.sweeper import Sweeper
 from slurmfork.head.table import Table
 from slurmfork.head.workers import Workers
-from slurmfork.messages import ApiAnswer, ApiCall, CancelReply, CancelRequest, Going, NodeView, WorkerView
-from slurmfork.names import RunState
+from slurmfork.messages import CancelReply, CancelRequest, NodeView, WorkerView
+from slurmfork.names import LIVE_STATES, RunState
+from slurmfork.orders import ApiAnswer, ApiCall, Going
 from slurmfork.plan import Node, plan, request
 from slurmfork.process import boot_id, identify
 from slurmfork.rundir import EndRecord, HeadRecord, RunDir, RunRecord
@@ -37,14 +44,16 @@ log = logging.getLogger("slurmfork.head")
 JOIN_TIMEOUT = 600.0  # nodes of cloud clusters boot for minutes
 KILL_WAIT = 30.0  # Slurm's default; what follows SIGTERM must be over before
 LINGER = 10.0
+HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Head:
     """One run's head. ``run()`` returns the exit status of the batch step."""
 
-    def __init__(self, rundir: RunDir, launcher: list[str]) -> None:
+    def __init__(self, rundir: RunDir, launcher: list[str], sweep: list[str]) -> None:
         self._rundir = rundir
         self._argv = launcher
+        self._sweeper = Sweeper(sweep, rundir)
         self._signalled = asyncio.Event()
         self._by_request = False
         record = rundir.read_record(rundir.record, RunRecord)
@@ -52,8 +61,8 @@ class Head:
         if record is None or spec is None:
             raise RunDirError(f"{rundir.path} is not a run directory")
         self._record, self._spec = record, spec
-        self._main = next((name for name, role in spec.roles.items() if role.main), None)
         self._planned: list[str] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
         """The whole life of the run."""
@@ -78,6 +87,8 @@ class Head:
             task.cancel()
         await self._linger()
         link_server.close()
+        # The loop forgets its handlers when it is closed: a signal that comes then would change the exit status.
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
         return _exit_status(record)
 
     def _assemble(self, expected: int, known: dict[str, str]) -> None:
@@ -98,10 +109,19 @@ class Head:
             self._members,
             self._rundir,
             cwd=self._record.cwd,
-            secrets=_secrets(self._rundir),
+            extra={**_secrets(self._rundir), names.ATTEMPT: str(_attempt())},
         )
         self._launcher = Launcher(self._argv)
-        self._ending = Ending(self._table, self._members, self._workers, self._launcher, self._rundir, main=self._main)
+        self._batch_log = BatchLog(self._rundir)
+        self._ending = Ending(
+            self._table,
+            self._members,
+            self._workers,
+            self._launcher,
+            self._sweeper,
+            self._rundir,
+            self._spec,
+        )
         self._api = Api(self._table, self._workers, self._cancel)
 
     def _handle_signals(self) -> None:
@@ -116,8 +136,8 @@ class Head:
         self._ending.told("scancel, or a signal to the batch script", _kill_wait())
 
     def _warned(self) -> None:
-        self._ending.warned = True
-        self._table.event("run", state=str(self._table.state), message="the time limit is near")
+        self._table.event("run", state=str(self._table.state), message="warned that the job is about to be ended")
+        self._ending.warning.given()
 
     def _launch(self, environment: dict[str, str], link_socket: socket.socket) -> None:
         environment[names.HEAD] = addresses.head_variable(self._addresses, link_socket)
@@ -142,22 +162,22 @@ class Head:
             boot_id=boot_id(),
             start_time=own.start_time if own else 0,
             started=time.time(),
-            attempt=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            attempt=_attempt(),
             job_id=os.environ.get("SLURM_JOB_ID"),
         )
         self._rundir.write_record(self._rundir.head, record)
 
     async def _bring_up(self) -> None:
-        """Agents, plan, workers: until all are up, or the run is decided to end."""
+        """Agents, plan, preflight, workers: until all are up, or the run is decided to end."""
         try:
-            await asyncio.wait_for(self._members.complete.wait(), JOIN_TIMEOUT)
+            if not await self._all_joined():
+                return
             nodes = [Node(member.node, len(member.join.devices), member.join.cpus) for member in self._members.sorted()]
             placements = plan(self._spec, self._nodes(nodes))
             self._planned = [placement.worker for placement in placements]
+            if self._spec.preflight != "off":
+                await preflight(self._members, self._table, refuse=self._spec.preflight == "refuse")
             await self._workers.start_all(placements)
-        except asyncio.TimeoutError:
-            missing = self._members.expected - len(self._table.nodes)
-            self._fail(f"{missing} of {self._members.expected} agents did not join within {JOIN_TIMEOUT:.0f} s")
         except Refused as error:
             self._fail(str(error), error)
         except (PlanError, SlurmforkError) as error:
@@ -168,6 +188,22 @@ class Head:
         else:
             if not self._ending.decided.done():
                 self._table.set_state(RunState.READY)
+
+    async def _all_joined(self) -> bool:
+        """Wait for all agents; False, and the run is decided to fail, where one does not come."""
+        absent = asyncio.ensure_future(self._batch_log.absentee(lambda node: node in self._table.nodes))
+        complete = asyncio.ensure_future(self._members.complete.wait())
+        try:
+            await asyncio.wait([absent, complete], timeout=JOIN_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            if absent.done():
+                self._fail(absent.result())
+            elif not complete.done():
+                missing = self._members.expected - len(self._table.nodes)
+                self._fail(f"{missing} of {self._members.expected} agents did not join within {JOIN_TIMEOUT:.0f} s")
+            return complete.done() and not absent.done()
+        finally:
+            absent.cancel()
+            complete.cancel()
 
     def _nodes(self, nodes: list[Node]) -> list[Node]:
         """On this machine CPUs are shared with everything else: they limit only where the spec says how many."""
@@ -182,12 +218,13 @@ class Head:
 
     async def _watch_launcher(self) -> None:
         await asyncio.shield(self._launcher.ended)
-        tail = _tail_of_agents(self._rundir) if not self._members.complete.is_set() else ""
-        self._ending.launcher_ended(tail)
+        self._ending.launcher_ended(_last_words(self._rundir, joined=self._members.complete.is_set()))
 
     # --- what agents and clients say
 
     def _joined(self, view: NodeView) -> None:
+        if known := self._table.nodes.get(view.node):
+            view.notes = known.notes  # with what preflight found
         self._table.nodes[view.node] = view
         self._table.event("node", state="joined", node=view.node, message=view.address)
 
@@ -204,7 +241,10 @@ class Head:
     def _noticed(self, node: str, op: str, body: msgspec.Raw) -> None:
         if op == "worker":
             view = msgspec.json.decode(body, type=WorkerView)
-            if view.worker in self._table.workers:
+            known = view.worker in self._table.workers
+            if view.state in LIVE_STATES and (view.worker in self._workers.unwanted or not known):
+                self._begin(self._workers.stop_unwanted(node, view.worker))
+            elif known:
                 self._table.update_worker(view)
                 self._ending.worker_changed(view, self._planned)
         elif op == "going":
@@ -212,6 +252,11 @@ class Head:
             self._ending.told(f"{reason}, heard on node {node}", _kill_wait())
         else:
             raise Refused(f"unknown notice {op!r}", "unknown")
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _worker_api(self, node: str, body: msgspec.Raw) -> ApiAnswer:
         call = msgspec.json.decode(body, type=ApiCall)
@@ -237,17 +282,19 @@ class Head:
             await self._scancel()
 
     async def _scancel(self) -> None:
-        try:
-            process = await asyncio.create_subprocess_exec("scancel", os.environ["SLURM_JOB_ID"])
-            await asyncio.wait_for(process.wait(), 60)
+        await scheduler.ask("scancel", os.environ["SLURM_JOB_ID"])
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._signalled.wait(), LINGER)
-        except (OSError, asyncio.TimeoutError) as error:
-            log.warning("scancel: %s", error)
+
+
+def _attempt() -> int:
+    """How often Slurm has started this run before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _kill_wait() -> float:
     """Seconds between Slurm's SIGTERM and its SIGKILL, less a margin."""
-    return max(2.0, float(os.environ.get("SLURMFORK_KILL_WAIT") or KILL_WAIT) - 2.0)
+    return max(2.0, float(os.environ.get(names.KILL_WAIT) or KILL_WAIT) - 2.0)
 
 
 def _secrets(rundir: RunDir) -> dict[str, str]:
@@ -260,11 +307,14 @@ def _secrets(rundir: RunDir) -> dict[str, str]:
     return {str(name): str(value) for name, value in data.items()}
 
 
-def _tail_of_agents(rundir: RunDir) -> str:
-    """The last line that any agent wrote, for a start that failed before an agent could speak."""
+def _last_words(rundir: RunDir, *, joined: bool) -> str:
+    """What an agent's log says of its end: its guardian's word, or before it joined whatever was written last."""
     for path in sorted(rundir.agents.glob("*.log")):
         lines = path.read_text(errors="replace").strip().splitlines()
-        if lines:
+        guardians = [line.removeprefix("slurmfork: ") for line in lines if line.startswith("slurmfork: the agent on ")]
+        if guardians:
+            return guardians[-1]
+        if lines and not joined:
             return f"{path.name}: {lines[-1][:500]}"
     return ""
 
@@ -276,18 +326,22 @@ def _exit_status(record: EndRecord) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """``--run-dir DIR -- LAUNCHER...``; the exit status of the run."""
+    """``--run-dir DIR -- LAUNCHER... [--sweep PREFIX...]``; the exit status of the run."""
     if len(arguments) < 4 or arguments[0] != "--run-dir" or arguments[2] != "--":
-        print("usage: head --run-dir DIR -- LAUNCHER [ARGUMENT...]", file=sys.stderr)
+        print("usage: head --run-dir DIR -- LAUNCHER [ARGUMENT...] [--sweep PREFIX...]", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    end = arguments.index("--sweep") if "--sweep" in arguments else len(arguments)
+    launcher, sweep = arguments[3:end], arguments[end + 1 :]
+    writing = logbook.begin()
     rundir = RunDir(Path(arguments[1]))
 
     async def run() -> int:
-        return await Head(rundir, arguments[3:]).run()
+        return await Head(rundir, launcher, sweep).run()
 
     try:
         return uvloop.run(run())  # its TLS takes a third of the time of asyncio's own
     except SlurmforkError as error:
         print(f"slurmfork head: {error}", file=sys.stderr)
         return error.exit_code
+    finally:
+        logbook.end(writing)

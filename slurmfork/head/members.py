@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,7 +21,8 @@ from slurmfork import credentials
 from slurmfork.errors import Refused, SlurmforkError, Unreachable
 from slurmfork.head.table import natural
 from slurmfork.link import Link
-from slurmfork.messages import Join, NodeView, ReserveOrder, Welcome
+from slurmfork.messages import NodeView
+from slurmfork.orders import Join, ReserveOrder, Welcome
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -105,11 +107,13 @@ class Members:
             raise Refused(f"node {join.node} has an agent already", "conflict")
         if known is None and len(self._members) >= self.expected:
             raise Refused(f"all {self.expected} nodes have joined already", "conflict")
+        if known is not None:
+            known.link.close()  # whoever still waits for an answer there waits in vain
         address = self._addresses.get(join.node) or join.address
         ports = known.ports if known else []
         self._members[join.node] = Member(join, link, address, ports)
         self._on_join(_node_view(join, address))
-        return Welcome(run_id=self._run_id, heartbeat=HEARTBEAT, lease=LEASE, address=address)
+        return Welcome(run_id=self._run_id, heartbeat=HEARTBEAT, lease=LEASE, address=address, time=time.time())
 
     async def settled(self, node: str) -> None:
         """After a join: put rendezvous ports aside, and see whether all are here."""
@@ -247,7 +251,7 @@ def _node_view(join: Join, address: str) -> NodeView:
         cpus=join.cpus,
         agent_pid=join.agent_pid,
         guardian_pid=join.guardian_pid,
-        notes=join.notes,
+        notes=list(join.notes),
     )
 
 

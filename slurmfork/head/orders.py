@@ -6,24 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 
 from slurmfork.head.members import Members
-from slurmfork.messages import Order, WorkerView
+from slurmfork.messages import WorkerView
 from slurmfork.names import WorkerState
+from slurmfork.orders import Order
 from slurmfork.plan import Placement
 from slurmfork.rundir import RunDir
 from slurmfork.spec import Role
-
-RANK_VARIABLES = frozenset(
-    {
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "NODE_RANK",
-        "GROUP_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    }
-)
 
 
 class Rendezvous:

@@ -7,31 +7,30 @@ forked nor how the run ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import msgspec
 
+from slurmfork import names
 from slurmfork.errors import Refused, SlurmforkError
 from slurmfork.head.members import Members
-from slurmfork.head.orders import RANK_VARIABLES, Rendezvous, order, pending_view
+from slurmfork.head.orders import Rendezvous, order, pending_view
 from slurmfork.head.table import Table
 from slurmfork.messages import (
-    Order,
     PortsReply,
     PortsRequest,
-    ReserveOrder,
-    SignalOrder,
     SignalReply,
     SignalRequest,
-    StartOrder,
-    StopOrder,
     StopReply,
     StopRequest,
     StopResult,
     WorkerView,
 )
-from slurmfork.names import LIVE_STATES, RunState, WorkerState, split_target
+from slurmfork.names import LIVE_STATES, OVER_STATES, RunState, WorkerState, split_target
+from slurmfork.orders import Order, ReserveOrder, SignalOrder, StartOrder, StopOrder
 from slurmfork.plan import Placement
 from slurmfork.rundir import RunDir
 from slurmfork.spec import Role, Spec
@@ -44,7 +43,8 @@ class Workers:
     """Starts, forks, stops and signals workers through the agents.
 
     ``roles`` are the spec's, and those that a fork brought along; ``forking`` holds those of which a fork is
-    under way. ``secrets`` go into the environment of workers and nowhere else.
+    under way. ``unwanted`` are workers whose stop could not be verified: should they be seen, they are stopped
+    again. ``extra``, secrets among it, goes into the environment of workers and nowhere else.
     """
 
     def __init__(
@@ -55,17 +55,18 @@ class Workers:
         rundir: RunDir,
         *,
         cwd: str,
-        secrets: Mapping[str, str],
+        extra: Mapping[str, str],
     ) -> None:
         self.roles: dict[str, Role] = dict(spec.roles)
         self.adhoc: set[str] = set()
         self.spec = spec
         self.forking: set[str] = set()
+        self.unwanted: set[str] = set()
         self._table = table
         self._members = members
         self._rundir = rundir
         self._cwd = cwd
-        self._base = {**spec.env, **secrets}
+        self._base = {**spec.env, **extra}
         self._rendezvous = Rendezvous(members)
         self._placements: dict[str, Placement] = {}
         self._orders: dict[str, Order] = {}
@@ -90,7 +91,7 @@ class Workers:
 
     async def _start_beside(self, role: str, group: Sequence[Placement]) -> None:
         await self.until_up([target for placement in group for target in placement.targets])
-        await self.start(group)
+        await self.start([p for p in group if self._table.workers[p.worker].state is WorkerState.PENDING])
 
     # --- what is known of them
 
@@ -155,6 +156,7 @@ class Workers:
         timeout: float | None = None,
     ) -> None:
         """One order a node, all nodes at once; raises Refused with the views of all that failed."""
+        self.unwanted.difference_update(placement.worker for placement in placements)
         orders = await self._orders_for(placements, command=command, extra=extra)
         patience = START_PATIENCE if timeout is None else min(START_PATIENCE, timeout)
         await self._order(orders, patience)
@@ -181,7 +183,7 @@ class Workers:
         """A colocated worker has its target's environment, but for the ranks."""
         if target is None or target not in self._orders:
             return {}
-        return {name: value for name, value in self._orders[target].env.items() if name not in RANK_VARIABLES}
+        return {name: value for name, value in self._orders[target].env.items() if name not in names.RANKS}
 
     async def _order(self, orders: Sequence[Order], patience: float) -> None:
         self._starts += 1
@@ -208,15 +210,21 @@ class Workers:
             kind = "stopping" if self._table.state is RunState.STOPPING else "start_failed"
             raise Refused("; ".join(dict.fromkeys(messages)), kind, failed)
 
-    async def until_up(self, workers: Sequence[str], timeout: float | None = None, *, taken: float = 0.0) -> None:
+    async def until_up(
+        self, workers: Sequence[str], timeout: float | None = None, *, taken: float = 0.0, beside: Sequence[str] = ()
+    ) -> None:
         """Wait until all are up; raises Refused as soon as one cannot be any more, or after ``timeout``.
 
-        ``taken``: seconds of the timeout that their start has taken already.
+        ``taken``: seconds of the timeout that their start has taken already. ``beside``: workers that must not end
+        meanwhile.
         """
+
+        def gone() -> list[str]:
+            return [view.worker for view in self.views(beside) if view.state in OVER_STATES]
 
         def settled() -> bool:
             stopping = self._table.state is RunState.STOPPING
-            return stopping or bool(self._fallen(workers)) or not self._awaited(workers)
+            return stopping or bool(gone() or self._fallen(workers)) or not self._awaited(workers)
 
         try:
             if not settled():
@@ -225,6 +233,8 @@ class Workers:
         except asyncio.TimeoutError:
             late = self._awaited(workers)
             raise Refused(f"not ready within {timeout:g} s: {some(late)}", "timeout", self.views(late)) from None
+        if ended := gone():
+            raise Refused(f"the target ended during the fork: {some(ended)}", "not_running")
         if fallen := self._fallen(workers):
             message = "; ".join(f"{view.worker}: {view.reason}" for view in fallen[:3])
             raise Refused(message, "start_failed", fallen)
@@ -232,29 +242,34 @@ class Workers:
             raise Refused("the run is stopping", "stopping")
 
     def _awaited(self, workers: Sequence[str]) -> list[str]:
-        """Those that are still to come up; one whose failure is ignored is not waited for."""
+        """Those that are still to come up; one that is over, and whose end fells nothing, is not waited for."""
         late = [name for name in workers if not self._table.all_up([name])]
-        ignored = {view.worker for view in self.views(late) if self._is_gone(view) and not self._counts(view)}
-        return [name for name in late if name not in ignored]
+        over = {view.worker for view in self.views(late) if view.state in OVER_STATES and not self._fells(view)}
+        return [name for name in late if name not in over]
 
-    @staticmethod
-    def _is_gone(view: WorkerView) -> bool:
-        return view.state in (WorkerState.FAILED, WorkerState.STOPPED)
+    def _fells(self, view: WorkerView) -> bool:
+        """Whether its end is the failure of what is being started.
 
-    def _counts(self, view: WorkerView) -> bool:
-        """Whether its failure is one of what is being started; within a fork every child's is."""
-        return view.role in self.forking or not self.ignores(view.role)
+        A child's is that of its fork. Else one that was stopped was stopped by somebody, and a failure counts
+        unless the spec says to ignore it.
+        """
+        if view.role in self.forking:
+            return view.state in (WorkerState.FAILED, WorkerState.STOPPED)
+        return view.state is WorkerState.FAILED and not self.ignores(view.role)
 
     def _fallen(self, workers: Sequence[str]) -> list[WorkerView]:
-        """Those that failed or were stopped. With ``on_failure: ignore`` a failure holds nothing up."""
-        return [view for view in self.views(workers) if self._is_gone(view) and self._counts(view)]
+        return [view for view in self.views(workers) if self._fells(view)]
 
     # --- stop, signal, ports
 
     async def stop(self, request: StopRequest) -> StopReply:
         """Stop a role or a worker with all below it; raises Refused if there is no such worker."""
-        views = self.find(request.target)
-        return await self.end([view.worker for view in views], grace=request.grace, forget=False)
+        names = [view.worker for view in self.find(request.target)]
+        reply = await self.end(names, grace=request.grace, forget=False)
+        for view in self.views(names):
+            if view.state is WorkerState.PENDING:  # its turn had not come, and does not any more
+                self._table.update_worker(msgspec.structs.replace(view, state=WorkerState.STOPPED, reason="stopped"))
+        return reply
 
     async def end(self, workers: Sequence[str], *, grace: float | None, forget: bool) -> StopReply:
         """Stop these, side by side; who was not verified to be gone is a survivor. ``forget``: free their names."""
@@ -279,6 +294,13 @@ class Workers:
             results=results,
         )
 
+    async def stop_unwanted(self, node: str, worker: str) -> None:
+        """Stop a worker that an agent told of, and that the head does not want."""
+        order = StopOrder(workers=[worker], forget=True)
+        with contextlib.suppress(SlurmforkError):  # told again when the agent joins again
+            await self._members.ask(node, "stop", order, list[StopResult], timeout=None)
+            self.unwanted.discard(worker)
+
     def _by_node(self, workers: Iterable[str]) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = {}
         for name in workers:
@@ -292,7 +314,10 @@ class Workers:
             node: SignalOrder(workers=group, signal=request.signal) for node, group in self._by_node(names).items()
         }
         answers = await self._members.ask_each("signal", bodies, list[str], timeout=STOP_MARGIN)
-        return SignalReply(signalled=sorted(name for answer in answers.values() for name in _or_raise(answer)))
+        for answer in answers.values():
+            if isinstance(answer, SlurmforkError):
+                raise answer
+        return SignalReply(signalled=sorted(n for answer in answers.values() for n in cast("list[str]", answer)))
 
     async def ports(self, request: PortsRequest) -> PortsReply:
         """Reserve further ports on a worker's node; they go with it."""
@@ -311,12 +336,6 @@ def views_of(error: SlurmforkError) -> list[WorkerView]:
         except msgspec.DecodeError:
             return []
     return list(detail) if isinstance(detail, list) else []
-
-
-def _or_raise(answer: list[str] | SlurmforkError) -> list[str]:
-    if isinstance(answer, SlurmforkError):
-        raise answer
-    return answer
 
 
 def some(names: Sequence[str]) -> str:

@@ -55,6 +55,9 @@ def settle(spec: Spec, base: str) -> Spec:
 def _settle_role(role: Role) -> Role:
     if not role.colocated and role.replicas is None and role.per_node is None:
         role = replace(role, replicas=1)
+    if role.checkpoint is not None:
+        checkpoint = replace(role.checkpoint, signal=role.checkpoint.signal.removeprefix("SIG"))
+        role = replace(role, checkpoint=checkpoint)
     return replace(role, stop=replace(role.stop, signal=role.stop.signal.removeprefix("SIG")))
 
 
@@ -164,7 +167,9 @@ def _role(name: str, role: Role, spec: Spec, report: Report) -> None:
     if role.cwd is not None and not role.cwd.startswith("/"):
         report.add(f"{path}.cwd", f"{short(role.cwd)} is not absolute; begin it with /")
     _ready(role, path, report)
-    _signal(role, path, report)
+    _signal(role.stop.signal, f"{path}.stop.signal", report)
+    if role.checkpoint is not None:
+        _signal(role.checkpoint.signal, f"{path}.checkpoint.signal", report)
     _strategy(name, role, spec, report)
     if role.replicas is not None and role.per_node is not None:
         report.add(f"{path}.per_node", "replicas and per_node exclude each other; leave one out")
@@ -201,11 +206,10 @@ def _ready(role: Role, path: str, report: Report) -> None:
         report.add(f"{here}.{given[0]}", "asks a port, but none is reserved; add `ports: 1` to the role")
 
 
-def _signal(role: Role, path: str, report: Report) -> None:
-    given, here = role.stop.signal, f"{path}.stop.signal"
+def _signal(given: str, here: str, report: Report) -> None:
     name = given.removeprefix("SIG")
     if name in _UNSTOPPABLE:
-        report.add(here, f"{name} cannot be handled by a worker; use TERM, which is followed by KILL after the grace")
+        report.add(here, f"{name} cannot be handled by a worker; a stop with TERM is followed by KILL after the grace")
     elif name not in _SIGNALS:
         by_number = {str(int(number)): known for known, number in _SIGNALS.items()}
         hint = f"; write {by_number[given]}" if given in by_number else report.suggestion(name, _SIGNALS)

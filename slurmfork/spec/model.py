@@ -53,6 +53,15 @@ class Stop(Section, kw_only=True, frozen=True):
     grace: Seconds = 10.0
 
 
+class Checkpoint(Section, kw_only=True, frozen=True):
+    """A signal that tells a worker that the job is about to be ended, and how long before."""
+
+    # The signal's name, with SIG or without. The worker has to handle it: most end a process that does not.
+    signal: str = "USR1"
+    # Seconds before the time limit. When the job is preempted it comes at once.
+    before: Annotated[float, Meta(ge=1, le=86_400)] = 120.0
+
+
 class Strategy(Section, kw_only=True, frozen=True):
     """Where a role's workers go."""
 
@@ -91,6 +100,8 @@ class Role(Section, kw_only=True, frozen=True):
     restart: Restart = field(default_factory=Restart)
     # How a worker is asked to end.
     stop: Stop = field(default_factory=Stop)
+    # Whether it is signalled before the job is ended by its time limit, or preempted. Left out: it is not.
+    checkpoint: Checkpoint | None = None
     # end: a failed worker ends the run. ignore: it does not.
     on_failure: Literal["end", "ignore"] = "end"
     # The run ends with this role, and with its exit status. One role at most.
@@ -137,6 +148,15 @@ class Spec(Section, kw_only=True, frozen=True):
     secrets: list[str] = field(default_factory=list)
     # Which containment a node gives: auto, the strongest that it has; none, no namespaces (not offered yet).
     isolation: Literal["auto", "none"] = "auto"
+    # true: a job that was preempted, whose node failed, or that came to its time limit is put into the queue again,
+    # and comes back as the same run.
+    requeue: bool = False
+    # What follows when a node is lost. end: the run ends. continue: it goes on without that node's workers, unless
+    # one of the main role was there.
+    on_node_fail: Literal["end", "continue"] = "end"
+    # What is done about what is found on a node before anything is started there, GPUs that others hold, a full
+    # /tmp or a wrong clock: warn, it is told; refuse, the run fails at once if it is serious; off, nobody looks.
+    preflight: Literal["warn", "refuse", "off"] = "warn"
     # The roles, by name: letters, digits, - and _; 40 at most.
     roles: dict[str, Role]
 

@@ -34,7 +34,7 @@ _OUTPUT = "the output is kept in the run directory; `slurmfork logs` shows it"
 _READ = "slurmfork reads what sbatch prints; leave it out"
 _ASKS = "it only prints and submits nothing; ask sbatch itself"
 _OWNER = "a run belongs to the one who submits it; leave it out"
-_REQUEUE = "runs are not requeued yet; leave it out, and submit again where needed"
+_REQUEUE = "use the top-level `requeue: true`; without it runs are not requeued"
 _HETEROGENEOUS = "heterogeneous jobs are not supported; a run is one job of like nodes"
 
 REFUSED = {
@@ -69,7 +69,7 @@ REFUSED = {
     "parsable": _READ,
     "quiet": _READ,
     "requeue": _REQUEUE,
-    "signal": "slurmfork uses it itself, to stop the workers in time; use `stop` of a role",
+    "signal": "slurmfork uses it itself, to warn the workers in time; use `checkpoint` of a role",
     "test-only": "use `slurmfork validate` and `slurmfork plan`",
     "tres-bind": _BINDING,
     "tres-per-task": _PER_TASK,

@@ -16,8 +16,8 @@ unset SLURMFORK_NODE SLURMFORK_WORKER SLURMFORK_ROLE SLURMFORK_INDEX SLURMFORK_P
 
 # --- Every file of the run is in the run directory, so this node must see it too.
 if [ ! -f "$SLURMFORK_RUN_DIR/batch.sh" ]; then
-  echo "slurmfork: the run directory $SLURMFORK_RUN_DIR is not visible on node $slurmfork_node;" \
-    "put it on the shared file system with --root" >&2
+  echo "slurmfork: node $slurmfork_node cannot take part: it does not see the run directory" \
+    "$SLURMFORK_RUN_DIR; put it on the shared file system with --root" >&2
   exit 78
 fi
 
@@ -25,7 +25,7 @@ fi
 [ ! -f "$SLURMFORK_RUN_DIR/batch.log" ] || chmod 600 "$SLURMFORK_RUN_DIR/batch.log"
 
 # --- What an earlier attempt left, should Slurm have requeued the job.
-rm -f "$SLURMFORK_RUN_DIR/batch.status" "$SLURMFORK_RUN_DIR/end.json" "$SLURMFORK_RUN_DIR/head.json"
+(cd "$SLURMFORK_RUN_DIR" && rm -f batch.status end.json head.json requeued)
 
 # --- However this script ends: end what is left of the run, then leave the exit status in batch.status.
 # shellcheck disable=SC2317 # it is the trap that calls it
@@ -42,8 +42,10 @@ slurmfork_finish() {
   # On this machine, always. It finds what belongs to the run by its journals, and by the tag in the environment.
   timeout -k 5 30 "$slurmfork_python" -I "$slurmfork_package/sweep.py" --run-dir "$SLURMFORK_RUN_DIR" --grace 2 \
     >>"$SLURMFORK_RUN_DIR/sweep.jsonl"
-  printf '%s\n' "$status" >"$SLURMFORK_RUN_DIR/.batch.status" &&
-    mv -f "$SLURMFORK_RUN_DIR/.batch.status" "$SLURMFORK_RUN_DIR/batch.status"
+  if [ ! -f "$SLURMFORK_RUN_DIR/requeued" ]; then # else the run is not over: it waits for its next attempt
+    printf '%s\n' "$status" >"$SLURMFORK_RUN_DIR/.batch.status" &&
+      mv -f "$SLURMFORK_RUN_DIR/.batch.status" "$SLURMFORK_RUN_DIR/batch.status"
+  fi
   exit "$status"
 }
 trap slurmfork_finish EXIT
@@ -66,11 +68,15 @@ trap slurmfork_finish EXIT
 [ "$slurmfork_status" -eq 0 ] || exit "$slurmfork_status"
 slurmfork_part=run
 
-# --- What the head starts, to have one agent started on each node.
+# --- What the head starts, to have one agent started on each node; and how it runs a command on one node, to sweep
+# it should its agent not answer: slurmfork_sweep, the node, the command, which gets `--node NODE` at its end.
+slurmfork_sweep=()
 slurmfork_launcher=(
   "$slurmfork_python" -I "$slurmfork_package/backends/local_nodes.py"
   --nodes 2 --gpus 8
 )
+# shellcheck disable=SC2016
+slurmfork_sweep=(bash -c 'node=$1; shift; exec "$@" --node "$node"' sweep)
 
 # --- The head. A trap runs only when no command is in the foreground, so the head is in the background, and this
 # shell waits for it. SIGTERM (scancel) ends the run; SIGUSR1 warns that the time limit is near. Both go to the head
@@ -81,7 +87,7 @@ trap '[ -z "$slurmfork_head" ] || kill -USR1 "$slurmfork_head" 2>/dev/null' USR1
 (
   trap '' USR1 # until the head listens, a warning must not end it
   exec "$slurmfork_python" -I "$slurmfork_package/head/__main__.py" --run-dir "$SLURMFORK_RUN_DIR" \
-    -- "${slurmfork_launcher[@]}"
+    -- "${slurmfork_launcher[@]}" --sweep "${slurmfork_sweep[@]}"
 ) &
 slurmfork_head=$!
 [ -z "$slurmfork_told" ] || kill -TERM "$slurmfork_head" 2>/dev/null

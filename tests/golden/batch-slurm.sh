@@ -29,8 +29,8 @@ unset SLURMFORK_NODE SLURMFORK_WORKER SLURMFORK_ROLE SLURMFORK_INDEX SLURMFORK_P
 
 # --- Every file of the run is in the run directory, so this node must see it too.
 if [ ! -f "$SLURMFORK_RUN_DIR/batch.sh" ]; then
-  echo "slurmfork: the run directory $SLURMFORK_RUN_DIR is not visible on node $slurmfork_node;" \
-    "put it on the shared file system with --root" >&2
+  echo "slurmfork: node $slurmfork_node cannot take part: it does not see the run directory" \
+    "$SLURMFORK_RUN_DIR; put it on the shared file system with --root" >&2
   exit 78
 fi
 
@@ -38,7 +38,7 @@ fi
 [ ! -f "$SLURMFORK_RUN_DIR/batch.log" ] || chmod 600 "$SLURMFORK_RUN_DIR/batch.log"
 
 # --- What an earlier attempt left, should Slurm have requeued the job.
-rm -f "$SLURMFORK_RUN_DIR/batch.status" "$SLURMFORK_RUN_DIR/end.json" "$SLURMFORK_RUN_DIR/head.json"
+(cd "$SLURMFORK_RUN_DIR" && rm -f batch.status end.json head.json requeued)
 
 # --- However this script ends: end what is left of the run, then leave the exit status in batch.status.
 # shellcheck disable=SC2317 # it is the trap that calls it
@@ -64,8 +64,10 @@ slurmfork_finish() {
   # On this machine, always. It finds what belongs to the run by its journals, and by the tag in the environment.
   timeout -k 5 30 "$slurmfork_python" -I "$slurmfork_package/sweep.py" --run-dir "$SLURMFORK_RUN_DIR" --grace 2 \
     >>"$SLURMFORK_RUN_DIR/sweep.jsonl"
-  printf '%s\n' "$status" >"$SLURMFORK_RUN_DIR/.batch.status" &&
-    mv -f "$SLURMFORK_RUN_DIR/.batch.status" "$SLURMFORK_RUN_DIR/batch.status"
+  if [ ! -f "$SLURMFORK_RUN_DIR/requeued" ]; then # else the run is not over: it waits for its next attempt
+    printf '%s\n' "$status" >"$SLURMFORK_RUN_DIR/.batch.status" &&
+      mv -f "$SLURMFORK_RUN_DIR/.batch.status" "$SLURMFORK_RUN_DIR/batch.status"
+  fi
   exit "$status"
 }
 trap slurmfork_finish EXIT
@@ -88,7 +90,9 @@ trap slurmfork_finish EXIT
 [ "$slurmfork_status" -eq 0 ] || exit "$slurmfork_status"
 slurmfork_part=run
 
-# --- What the head starts, to have one agent started on each node.
+# --- What the head starts, to have one agent started on each node; and how it runs a command on one node, to sweep
+# it should its agent not answer: slurmfork_sweep, the node, the command, which gets `--node NODE` at its end.
+slurmfork_sweep=()
 # srun obeys many variables, of this job, of a shell in another job, and of the site. Those that would change what
 # the agents get are unset; what the agents get is said in full below.
 unset "${!SRUN_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
@@ -108,16 +112,19 @@ export SLURMFORK_KILL_WAIT
 
 # One task on each node. It shares all that the job has with other steps, takes all of the job's memory, is bound
 # to no CPU, and is ended neither by another task's end nor by its failure: that is for the head to decide.
+slurmfork_step=(
+  --overlap --mem=0 --cpu-bind=none --mpi=none --export=ALL --input=none --kill-on-bad-exit=0 --wait=0
+)
 slurmfork_srun=(
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1
-  --overlap --mem=0 --cpu-bind=none --mpi=none --export=ALL --input=none --kill-on-bad-exit=0 --wait=0
+  "${slurmfork_step[@]}"
 )
 # There it becomes the agent, with the node's own log. (srun names files by host, but nodes may share one.)
 # shellcheck disable=SC2016
 slurmfork_on_node='
   if [ ! -f "$SLURMFORK_RUN_DIR/batch.sh" ]; then
-    echo "slurmfork: the run directory $SLURMFORK_RUN_DIR is not visible on node $SLURMD_NODENAME;" \
-      "put it on the shared file system with --root" >&2
+    echo "slurmfork: node $SLURMD_NODENAME cannot take part: it does not see the run directory" \
+      "$SLURMFORK_RUN_DIR; put it on the shared file system with --root" >&2
     exit 78
   fi
   log=$SLURMFORK_RUN_DIR/agents/$SLURMD_NODENAME.log
@@ -126,6 +133,13 @@ slurmfork_on_node='
 slurmfork_launcher=(
   "${slurmfork_srun[@]}" bash -c "$slurmfork_on_node" node
   "$slurmfork_python" -I "$slurmfork_package/agent/__main__.py"
+)
+# shellcheck disable=SC2016
+slurmfork_sweep=(
+  bash -c 'unset SLURM_GPUS SLURM_GPUS_PER_NODE # they would contradict --gres=none
+  step=$1 node=$2; shift 2
+  exec srun $step --nodes=1 --ntasks=1 --nodelist="$node" --gres=none "$@" --node "$node"'
+  sweep "${slurmfork_step[*]}"
 )
 
 # --- The head. A trap runs only when no command is in the foreground, so the head is in the background, and this
@@ -137,7 +151,7 @@ trap '[ -z "$slurmfork_head" ] || kill -USR1 "$slurmfork_head" 2>/dev/null' USR1
 (
   trap '' USR1 # until the head listens, a warning must not end it
   exec "$slurmfork_python" -I "$slurmfork_package/head/__main__.py" --run-dir "$SLURMFORK_RUN_DIR" \
-    -- "${slurmfork_launcher[@]}"
+    -- "${slurmfork_launcher[@]}" --sweep "${slurmfork_sweep[@]}"
 ) &
 slurmfork_head=$!
 [ -z "$slurmfork_told" ] || kill -TERM "$slurmfork_head" 2>/dev/null

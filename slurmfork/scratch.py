@@ -1,7 +1,4 @@
-"""The node-local directory of an agent: sockets, and a scratch directory per worker. Removed at the end.
-
-Under /tmp, where anybody may have put anything before: only real directories of this user are used, 0700.
-"""
+"""The node-local directory of an agent: sockets, and a scratch directory per worker. Removed at the end."""
 
 from __future__ import annotations
 
@@ -13,38 +10,25 @@ import stat
 from pathlib import Path
 
 from slurmfork.errors import RunDirError
+from slurmfork.userdir import private_directory as private_directory
+from slurmfork.userdir import user_directory
 
 _LONGEST_BASE = 48  # with what programs add below TMPDIR, a Unix socket's path stays within its 107 bytes
 _LONGEST_NAME = 24
-
-
-def user_directory() -> Path:
-    """What all agents of this user on this host share."""
-    return Path(f"/tmp/slurmfork-{os.geteuid()}")
+_MARK = "whose"
 
 
 def node_directory(run_id: str, node: str) -> Path:
     """Where the agent of this node keeps its sockets; a hash stands in for names that would be too long."""
-    plain = user_directory() / f"{run_id}-{node}"
+    own = user_directory()
+    plain = own / f"{run_id}-{node}"
     if len(os.fsencode(plain)) <= _LONGEST_BASE:
         return plain
-    return user_directory() / f"h-{_hash(f'{run_id}/{node}')}"
+    return own / f"h-{_hash(f'{run_id}/{node}')}"
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def private_directory(path: Path) -> Path:
-    """Make a directory 0700, or take one of this user; raises RunDirError for anything else of that name."""
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    facts = path.lstat()
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
-        raise RunDirError(f"{path} is not a directory of this user: remove it, or ask who made it to")
-    if stat.S_IMODE(facts.st_mode) & 0o077:
-        path.chmod(0o700)
-    return path
 
 
 class Scratch:
@@ -53,7 +37,6 @@ class Scratch:
     def __init__(self, run_id: str, node: str) -> None:
         self._removed = 0
         try:
-            private_directory(user_directory())
             self.ports = private_directory(user_directory() / "ports")
             self.path = private_directory(node_directory(run_id, node))
             self._workers = private_directory(self.path / "t")
@@ -61,6 +44,12 @@ class Scratch:
             self._lock = _lock(self.path / "lock")
         except OSError as error:
             raise RunDirError(f"cannot make {error.filename}: {error.strerror}") from None
+
+    def mark(self, job_id: str, run_dir: Path, node: str) -> None:
+        """Say whose it is, for a sweep that knows no more than a job; see ``of_job``."""
+        descriptor = os.open(self.path / _MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(f"{job_id}\n{node}\n{run_dir}")
 
     @property
     def socket(self) -> Path:
@@ -93,6 +82,17 @@ class Scratch:
         return None
 
 
+def of_job(job_id: str) -> list[tuple[Path, str]]:
+    """Run directory and node of each run of a Slurm job whose agents have, or left, a directory on this host."""
+    found = []
+    for place in user_directory().iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            marked, node, run_dir = (place / _MARK).read_text().split("\n", 2)
+            if marked == job_id:
+                found.append((Path(run_dir), node))
+    return found
+
+
 def _lock(path: Path) -> int:
     """Hold the directory for as long as this process lives; raises RunDirError where another one does."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -114,3 +114,18 @@ def remove(path: Path) -> None:
     import shutil
 
     shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_left(run_id: str, node: str) -> None:
+    """Remove what an agent that died has left, unless another one has taken its place since."""
+    path = node_directory(run_id, node)
+    with contextlib.suppress(OSError, RunDirError):
+        if _is_ours(path):
+            lock = _lock(path / "lock")
+            remove(path)
+            os.close(lock)
+
+
+def _is_ours(path: Path) -> bool:
+    facts = path.lstat()
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid()

@@ -1,0 +1,149 @@
+"""Faults that are the workers' own doing: kinds of them that are hard to end, or hard to find."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chaos import sight, specs, stage, worker
+from chaos.faults import LATER, REGISTRY, Act, Fault, fault
+
+if TYPE_CHECKING:
+    from chaos.trial import Trial
+
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
+
+
+def _with(kind: str, **more: object) -> Act:
+    def prepare(trial: Trial) -> None:
+        trial.draft.role(kind, kind, stop={"grace": 1.0}, **more)
+
+    return prepare
+
+
+def _await(kind: str, count: int) -> Act:
+    """Strike when so many of its processes are there."""
+
+    def strike(trial: Trial) -> None:
+        def there() -> bool:
+            return sum(line.name.startswith(f"{kind}/") for line in trial.sight.announced()) >= count
+
+        stage.until(there, f"{count} processes of the {kind} worker")
+        trial.wait_a_moment(0.5)
+        trial.struck()
+
+    return strike
+
+
+KINDS = [
+    ("stubborn", 1, "a worker that ignores SIGTERM"),
+    ("stopped", 1, "a worker that is stopped (SIGSTOP)"),
+    ("daemon", 2, "a worker that double-forks with setsid"),
+    ("hidden", 2, "a daemon that closes every descriptor, changes directory and title"),
+    ("scrubbed", 2, "a daemon started with `env -i`"),
+    ("breeder", 20, f"a worker that starts {worker.PER_SECOND} processes a second"),
+    ("escaped", 2, "a process that left the job's control groups"),
+    ("thousand", worker.CHILDREN, f"{worker.CHILDREN} children of one worker"),
+]
+
+for _kind, _count, _about in KINDS:
+    REGISTRY[f"worker-{_kind}"] = Fault(
+        name=f"worker-{_kind}",
+        about=_about,
+        prepare=_with(_kind),
+        strike=_await(_kind, _count),
+        moments=("ready",),
+        ends=False,
+    )
+
+
+def _with_instant(trial: Trial) -> None:
+    restart = {"policy": "always", "max": 20, "backoff": 0}
+    more = {"replicas": 4, "restart": restart, "on_failure": "ignore"}
+    trial.draft.roles["unseen"] = {"command": ["/bin/true"], **more}
+
+
+@fault("worker-instant", "a child that exits between start and record", prepare=_with_instant, ends=False)
+def instant(trial: Trial) -> None:
+    trial.struck()
+
+
+@fault(
+    "loaders-orphaned",
+    "loaders blocked in a pipe write, their rank killed by SIGKILL",
+    prepare=_with("loader", on_failure="end"),
+    moments=("ready",),
+)
+def loaders_orphaned(trial: Trial) -> None:
+    _await("loader", 5)(trial)
+    rank = next(line.who for line in trial.sight.leaders() if line.name.startswith("loader/"))
+    trial.kill(rank)
+
+
+# --- reused PIDs
+
+
+def can_force_pids() -> bool:
+    """Whether the next PID of this machine may be chosen."""
+    return os.access(LAST_PID, os.W_OK) and os.geteuid() == 0
+
+
+@fault(
+    "pid-reuse",
+    "recorded PIDs reused by innocents before the clean-up (forced)",
+    moments=LATER,
+    cleans=True,
+    ends=False,
+    excuses="unverified intent",
+)
+def pid_reuse(trial: Trial) -> None:
+    """Workers end, some unseen by their agent, who is killed with its guardian before; others get their PIDs."""
+    if not can_force_pids():
+        trial.note("not forced: the machine lets nobody choose PIDs")
+        return
+    doomed = [line.who for line in trial.sight.leaders()][:8]
+    if trial.dice.random() < 0.7:
+        above = [*trial.find("agent"), *trial.find("guardian")]
+        for one in above:
+            sight.signal_one(one, signal.SIGSTOP)
+        trial.kill(*above)
+    trial.kill(*trial.sight.workers())
+    taken = [one for one in doomed if _occupy(trial, one.pid)]
+    trial.note(f"{len(taken)} of {len(doomed)} PIDs reused")
+
+
+def _occupy(trial: Trial, pid: int) -> bool:
+    """Have an innocent with this PID, once it is free; False where somebody else was quicker."""
+    argv = specs.command("plain", trial.stage.directory / "decoys", "first/0")
+    for _ in range(400):
+        LAST_PID.write_text(str(pid - 1))
+        child = os.fork()
+        if child == 0:
+            _become(argv, pid)
+        if child == pid:
+            trial.adopt(f"an innocent with the PID {pid} of a worker", child)
+            return True
+        os.waitpid(child, 0)
+        if sight.read(pid, "stat") and not _ours(pid, trial):
+            return False
+        stage.pause(0.005)
+    return False
+
+
+def _ours(pid: int, trial: Trial) -> bool:
+    return any(one.pid == pid for one in trial.sight.workers()) or sight.state(pid) == "Z"
+
+
+def _become(argv: list[str], pid: int) -> None:
+    try:
+        if os.getpid() == pid:
+            os.setsid()
+            null = os.open(os.devnull, os.O_RDWR)
+            for number in (0, 1, 2):
+                os.dup2(null, number)
+            os.closerange(3, 4096)
+            os.execve(argv[0], argv, {"PATH": os.defpath})
+    finally:
+        os._exit(0)

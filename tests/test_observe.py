@@ -1,0 +1,51 @@
+"""What is said of a run of which no head answers, from its files and its scheduler's word."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from slurmfork.backends.base import JobReport
+from slurmfork.names import RunState
+from slurmfork.observe import LATE_WORD, Observation
+from slurmfork.rundir import EndRecord, RunDir, RunRecord
+
+
+def completed(ago: float) -> JobReport:
+    """What Slurm says of a job that ended well so many seconds ago."""
+    now = time.time()
+    return JobReport(state=RunState.COMPLETED, word="COMPLETED", exit_status=0, fresh=now, ended=now - ago)
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Observation:
+    """A look at a run of Slurm's that has nothing but its record."""
+    rundir = RunDir(tmp_path / "demo-abc234")
+    rundir.make()
+    record = RunRecord(run_id=rundir.run_id, name="demo", backend="slurm", submitted=time.time(), cwd="/", user="u")
+    record.job_id = "17"
+    return Observation(rundir, record)
+
+
+def test_a_script_that_ended_well_without_a_head_has_failed(look: Observation) -> None:
+    """As with `setup: exec sleep 3`. What a compute node wrote just before may not be seen yet."""
+    status, _ = look.look(completed(1.0))
+    assert (status.state, status.over, status.exit_status) == (RunState.STOPPING, False, None)
+    status, _ = look.look(completed(LATE_WORD))
+    assert (status.state, status.exit_status) == (RunState.FAILED, 1)
+    assert "without having started a head" in status.reason
+
+
+def test_an_end_that_was_recorded_since_the_first_look_counts(look: Observation) -> None:
+    end = EndRecord(state=RunState.COMPLETED, reason="all done", exit_status=0, survivors=0, ended=time.time())
+    look.rundir.write_record(look.rundir.end, end)
+    status, _ = look.look(completed(1.0))
+    assert (status.state, status.source, status.reason) == (RunState.COMPLETED, "end", "all done")
+
+
+def test_without_a_word_of_the_scheduler_nothing_is_claimed(look: Observation) -> None:
+    reason = "squeue did not answer within 5 s"
+    status, _ = look.look(JobReport(state=None, reason=reason, fresh=time.time()))
+    assert (status.state, status.source, status.reason) == (RunState.PENDING, "submit", reason)
