@@ -214,7 +214,7 @@ def test_the_same_directory_of_ones_own_is_believed(shell: Shell, yard: Yard, tm
 @pytest.fixture
 def tagged_by_another(run: Run, commons: Path) -> Iterator[list[Identity]]:
     """Processes of another user that carry the tag of our run; one of them is set-uid, and so looks like ours."""
-    tag = {names.RUN_ID: run.run_id, names.NODE: "local0", "PATH": os.defpath}
+    tag = {names.RUN_ID: run.run_id, names.NODE: "local0", names.RUN_DIR: str(run.rundir.path), "PATH": os.defpath}
     disguised = commons / "sleep"
     shutil.copy(shutil.which("sleep") or "", disguised)
     disguised.chmod(0o4755)
@@ -231,12 +231,17 @@ def tagged_by_another(run: Run, commons: Path) -> Iterator[list[Identity]]:
 def test_a_tag_in_another_users_environment_is_nothing(
     run: Run, shell: Shell, tagged_by_another: list[Identity]
 ) -> None:
-    """The run ends, and is swept, with no word of them; afterwards nothing of it is open to others either."""
+    """The run ends, is swept, and another one tidies up after it, with no word of them.
+
+    Afterwards nothing of it is open to others either.
+    """
     assert len(tagged_by_another) == 2
     assert shell.json("cancel", run.run_id)["survivors"] == 0
     done = shell.json("clean", run.run_id)
     assert (done["killed"], done["survivors"]) == ([], 0)
+    next_one = shell.ready(shell.spec("name: next\nroles: {a: {command: [sleep, '1000']}}\n"), "--backend", "local")
     assert all(map(process.alive, tagged_by_another))
+    assert not any(node["notes"] for node in shell.status(next_one)["nodes"])
     sweeps = (run.rundir.path / "sweep.jsonl").read_text().splitlines()
     assert [json.loads(line)["survivors"] for line in sweeps] == [[]]
     assert open_to_others(everything(run.rundir.path)) == []
@@ -260,11 +265,12 @@ def test_what_is_made_above_a_run_directory_is_private(commons: Path, tmp_path: 
 def test_a_name_that_another_user_has_taken_hides_no_run(run: Run, shell: Shell) -> None:
     """`last`, a job id and a prefix are searched for, whatever directory has that name."""
     for name in ("last", str(run.job_id), run.run_id[:-2]):
+        meant = Run.load(name, shell.root).rundir.path
         rundir = RunDir(shell.root / name)
         rundir.make()
         rundir.write_record(rundir.record, run.record)
         give_away(rundir.path)
-        assert Run.load(name, shell.root).rundir.path == run.rundir.path
+        assert Run.load(name, shell.root).rundir.path == meant
         shutil.rmtree(rundir.path)
 
 

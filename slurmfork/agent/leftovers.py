@@ -17,7 +17,7 @@ from slurmfork.errors import RunDirError
 from slurmfork.killing import end_all
 from slurmfork.orders import Finding
 from slurmfork.process import Identity
-from slurmfork.rundir import RunDir, RunRecord
+from slurmfork.rundir import RunDir, RunRecord, is_private
 from slurmfork.scratch import remove_left
 from slurmfork.shm import remove_named
 
@@ -71,6 +71,8 @@ def leftovers(run_id: str) -> Iterator[tuple[Identity, Tag]]:
     for pid in process.pids():
         if not process.owned(pid, uid) or (tag := _tag(pid)) is None or tag.run_id == run_id:
             continue
+        if process.owner(pid) != uid:  # another user's, of a program that is set-uid
+            continue
         one = process.identify(pid)
         if process.name(pid) in _KEEPERS:
             kept.add(tag.run_id)
@@ -108,7 +110,7 @@ def _is_over(tag: Tag) -> bool:
     try:
         if not os.path.lexists(directory):
             return directory.parent.is_dir() and not tag.job_id  # which job was its own nobody knows any more
-        if not rundir.end.exists() and not rundir.batch_status.exists():
+        if not is_private(directory.lstat()) or not (rundir.end.exists() or rundir.batch_status.exists()):
             return False
         record = rundir.read_record(rundir.record, RunRecord)
     except (OSError, RunDirError):
