@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add("--pairs", action="store_true", help="two faults a trial, of those that --list marks")
     add("--table", type=Path, metavar="FILE", help="merge the rows into this page, as docs/faults.md")
     add("--json", type=Path, metavar="FILE", help="all that was found out, for programs")
+    add("--minutes", type=float, metavar="M", help="begin no further trial after so long")
     add("--keep", action="store_true", help="keep the directories of trials that went well, too")
     add("--list", action="store_true", help="say what faults there are")
     return top
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.list:
         show_list()
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it clears the stage
+    signal.signal(signal.SIGTERM, _leave)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
         choice = chosen(asked)
@@ -81,22 +83,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Broken as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("chaos: interrupted", file=sys.stderr)
-        return 130
     finally:
         if not any(directory.glob("trial-*")):
             shutil.rmtree(directory, ignore_errors=True)
     return conclude(asked, results, proctrack)
 
 
+def _leave(*_: object) -> None:
+    """Clear the stage, once: `timeout` sends its signal twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def trials(asked: argparse.Namespace, stage: Stage, choice: list[list[Fault]]) -> list[Result]:
-    results = []
+    results: list[Result] = []
+    end = time.monotonic() + 60 * asked.minutes if asked.minutes else float("inf")
     for seed in range(asked.seed, asked.seed + asked.trials):
+        if time.monotonic() > end:
+            print(f"{asked.minutes:g} minutes are over: {asked.trials - len(results)} trials are left out")
+            break
         directory = stage.directory / f"trial-{seed}"
         trial = Trial(stage, directory, seed, choice[seed % len(choice)])
         try:
             result = trial.run()
+        except KeyboardInterrupt:
+            print(f"interrupted in seed {seed}")
+            trial.tidy()
+            break
         except Exception:
             result = trial.result
             result.failures.append(f"fault in the checker: {traceback.format_exc()}")

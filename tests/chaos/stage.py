@@ -22,7 +22,7 @@ from chaos.sight import Who
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NODES, GPUS = 4, 8
 PATIENCE = 60.0
-FOREVER = 6 * 3600
+FOREVER = 3 * 3600
 LIKE = {"SLURMFORK_RUN_ID": "chaos-aaaaaa", "SLURMFORK_NODE": "local0", "SLURMFORK_WORKER": "first/0"}
 PRCTL = "import ctypes, signal; ctypes.CDLL(None).prctl(15, b'slurmfork-agent', 0, 0, 0); signal.pause()"
 
@@ -194,7 +194,7 @@ class Stage:
         if self.backend == "slurm":
             draft.slurm = {"nodelist": self.node(1), "time": "12:00:00"}
         for role, kind in (("first", "plain"), ("role0", "daemon"), ("role1", "stubborn")):
-            draft.role(role, kind)
+            draft.role(role, kind, stop={"grace": 0.5})
             draft.roles[role]["command"].append(str(FOREVER))
         self._shell = self.shell(self.directory / "second")
         run_id = self._run_id = self._shell.ready(self._shell.spec(draft.text()), "--backend", self.backend)

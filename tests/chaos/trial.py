@@ -108,7 +108,7 @@ class Trial:
                 self.result.failures.append(f"{type(error).__name__}: {error}")
             self._count(watch)
         self._check()
-        self._tidy()
+        self.tidy()
         return self.result
 
     def _await_moment(self, moment: str) -> None:
@@ -283,7 +283,7 @@ class Trial:
         self.result.failures += checks.all_of(self)
         self.result.innocents += self.stage.harmed()
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
         """Leave nothing of the trial on the machine, whatever happened."""
         for _ in range(20):
             if not (left := self.sight.workers() | self.sight.own()):
