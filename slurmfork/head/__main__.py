@@ -1,5 +1,6 @@
 """``python -I .../head/__main__.py --run-dir DIR -- LAUNCHER...``: the batch script starts the head so."""
 
+import os
 import sys
 
 if not __package__:  # isolated mode leaves out every path of the user's, ours among them
@@ -8,4 +9,6 @@ if not __package__:  # isolated mode leaves out every path of the user's, ours a
 from slurmfork.head.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # threads that hang with a disk are not waited for

@@ -183,10 +183,7 @@ class Ending:
             self._table.set_state(verdict.state, verdict.reason, verdict.exit_status)
         comes_back = requeued or (verdict.outside and self._spec.requeue)  # then its secrets are needed again
         try:
-            writing = asyncio.get_running_loop().run_in_executor(
-                None, self._write, None if requeued else record, comes_back
-            )
-            await asyncio.wait_for(asyncio.gather(self._table.close(), writing), DISK_PATIENCE)
+            await asyncio.wait_for(self._record(None if requeued else record, comes_back), DISK_PATIENCE)
         except asyncio.TimeoutError:
             log.error("the end could not be recorded within %g s: the run directory's file system hangs", DISK_PATIENCE)
         self.done.set_result(record)
@@ -224,8 +221,12 @@ class Ending:
                 survivors += [f"{node}: {line}" for line in answer.survivors]
         return survivors, unverified
 
+    async def _record(self, record: EndRecord | None, keep_secrets: bool) -> None:
+        """Leave the run directory as a run that is over leaves it; in threads, for the disk may hang."""
+        await self._table.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._write, record, keep_secrets)
+
     def _write(self, record: EndRecord | None, keep_secrets: bool) -> None:
-        """Leave the run directory as a run that is over leaves it; in a thread, for the disk may hang."""
         if not keep_secrets:
             with contextlib.suppress(OSError):
                 self._rundir.secrets.unlink(missing_ok=True)
