@@ -45,11 +45,11 @@ class Scratch:
         except OSError as error:
             raise RunDirError(f"cannot make {error.filename}: {error.strerror}") from None
 
-    def mark(self, job_id: str, run_dir: Path, node: str) -> None:
-        """Say whose it is, for a sweep that knows no more than a job; see ``of_job``."""
+    def mark(self, job: tuple[str, str], run_dir: Path, node: str) -> None:
+        """Say whose it is, for a sweep that knows no more than a job (cluster and id); see ``of_job``."""
         descriptor = os.open(self.path / _MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "w") as file:
-            file.write(f"{job_id}\n{node}\n{run_dir}")
+            file.write("\n".join((*job, node, str(run_dir))))
 
     @property
     def socket(self) -> Path:
@@ -82,13 +82,16 @@ class Scratch:
         return None
 
 
-def of_job(job_id: str) -> list[tuple[Path, str]]:
-    """Run directory and node of each run of a Slurm job whose agents have, or left, a directory on this host."""
+def of_job(cluster: str, job_id: str) -> list[tuple[Path, str]]:
+    """Run directory and node of each run of a Slurm job whose agents have, or left, a directory on this host.
+
+    Both must be the same: hosts that belong to two clusters have two jobs of one id.
+    """
     found = []
     for place in user_directory().iterdir():
         with contextlib.suppress(OSError, ValueError):
-            marked, node, run_dir = (place / _MARK).read_text().split("\n", 2)
-            if marked == job_id:
+            *marked, node, run_dir = (place / _MARK).read_text().split("\n", 3)
+            if marked == [cluster, job_id]:
                 found.append((Path(run_dir), node))
     return found
 

@@ -1,8 +1,8 @@
 """The sweep: what is left of a run on this machine is found by journal and by tag, and ended from outside.
 
 ``python -I .../sweep.py --run-dir DIR [--node N] [--grace S]`` prints a report as JSON; the batch script's exit trap,
-the head, ``cancel`` and ``clean`` use it, and with ``--job ID`` in place of a directory an epilog. It believes nothing
-that somebody else could have written, and never touches its caller or the processes above it.
+the head, ``cancel`` and ``clean`` use it, and with ``--job CLUSTER ID`` in place of a directory an epilog. It believes
+nothing that somebody else could have written, and never touches its caller or the processes above it.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sweep", description="End what is left of a run on this machine.")
     whose = parser.add_mutually_exclusive_group(required=True)
     whose.add_argument("--run-dir", type=Path, help="the run directory; its name is the run id")
-    whose.add_argument("--job", help="the Slurm job whose runs' agents were on this host")
+    whose.add_argument("--job", nargs=2, metavar=("CLUSTER", "ID"), help="the job whose runs' agents were on this host")
     parser.add_argument("--node", help="only this node's processes")
     parser.add_argument("--grace", type=float, default=DEFAULT_GRACE_S, help="seconds between SIGTERM and SIGKILL")
     options = parser.parse_args(arguments)
@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> int:
     """Sweep and print a report for each run; 1 if anything survived."""
     try:
         options = _options(arguments)
-        runs = [(options.run_dir.absolute(), options.node)] if options.run_dir else of_job(options.job)
+        runs = [(options.run_dir.absolute(), options.node)] if options.run_dir else of_job(*options.job)
         survived = [_sweep(run_dir, node, options.grace) for run_dir, node in runs]
     except SlurmforkError as error:
         print(f"slurmfork: {error}", file=sys.stderr)

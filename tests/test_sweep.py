@@ -354,12 +354,13 @@ def test_by_job_it_finds_the_runs_of_this_host(yard: Yard, tmp_path: Path) -> No
     """As an epilog has it: nothing is known but the job."""
     job = str(uuid.uuid4().int)  # no other test's
     place = Scratch(yard.run_id, yard.node)
-    place.mark(job, tmp_path / yard.run_id, yard.node)
+    place.mark(("here", job), tmp_path / yard.run_id, yard.node)
     RunDir(tmp_path / yard.run_id).make()
     yard.start("plain")
-    assert call("--job", job + "0").stdout == ""
+    assert call("--job", "here", job + "0").stdout == ""
+    assert call("--job", "there", job).stdout == "", "a job of that id of another cluster"
     assert len(yard.living()) == 1
-    done = call("--job", job, "--grace", "0.1")
+    done = call("--job", "here", job, "--grace", "0.1")
     assert (done.returncode, len(json.loads(done.stdout)["killed"])) == (0, 1), done.stderr
     assert yard.living() == []
     remove(place.path)  # this process held it, as an agent does
