@@ -230,11 +230,12 @@ class Run:
             if self.record.requeue and end.outside and self.job is not None:  # Slurm may have it in its queue again
                 self.backend.cancel(self.rundir, self.job, END_MARGIN)
             return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
-        reply = self._ask_head_to_cancel(checked(CancelRequest(reason=reason)))
+        request = checked(CancelRequest(reason=reason))
+        reply = self._ask_head_to_cancel(request)
         if reply is None:
             if self.job is not None:
                 self.backend.cancel(self.rundir, self.job, self._longest_grace() + END_MARGIN)
-            return self._verify_without_head(reason)
+            return self._verify_without_head(request)
         try:
             if self.job is not None:
                 self.backend.cancel(self.rundir, self.job, END_MARGIN)
@@ -264,12 +265,14 @@ class Run:
             return max((role.stop.grace for role in self.spec().roles.values()), default=0.0)
         return Stop().grace
 
-    def _verify_without_head(self, reason: str) -> CancelReply:
+    def _verify_without_head(self, request: CancelRequest) -> CancelReply:
         """The job never ran, or its head is gone: wait for the job's end, then look at what can be looked at."""
         if self.job is None:
             self.rundir.script.unlink(missing_ok=True)  # a job that the scheduler took after all ends without it
         deadline = time.monotonic() + END_PATIENCE
         while not self._job_is_over():
+            if self.job is None and (reply := self._ask_head_to_cancel(request)):  # it came up after all
+                return reply
             if time.monotonic() >= deadline:
                 waited = f"within {END_PATIENCE:.0f} s"
                 raise StillAlive(f"the job {self.job_id or ''} of run {self.run_id} has not ended {waited}")
@@ -281,7 +284,7 @@ class Run:
         after = aftermath.sweep_run(self.rundir)
         record = EndRecord(
             state=RunState.CANCELLED,
-            reason="cancelled" + (f": {reason}" if reason else ""),
+            reason="cancelled" + (f": {request.reason}" if request.reason else ""),
             exit_status=None,
             survivors=len(after.survivors),
             unverified=after.unverified,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+from processes import wait_until
 from running import Shell, environ_of
 from test_silent_head import PAIR, head_pid
 
@@ -14,3 +17,20 @@ def test_a_secret_and_what_a_worker_is_told_of_itself_stay_out_of_the_batch_scri
         assert not {"MYSECRET", "SLURMFORK_WORKER", "RANK", "TMPDIR"} & environ_of(pid).keys()
     seen = environ_of(local.ps(run_id)[0]["pid"])
     assert (seen["MYSECRET"], seen["RANK"]) == ("x", "0")
+
+
+def test_a_run_whose_submitter_was_killed_is_cancelled_though_its_head_comes_late(local: Shell) -> None:
+    """Nobody knows its job: the submitter was killed before it could write it down."""
+    run_id = local.ready(local.spec(PAIR), "--backend", "local")
+    directory = local.root / run_id
+    record = json.loads((directory / "run.json").read_text())
+    del record["job_id"]
+    (directory / "run.json").write_text(json.dumps(record))
+    (directory / "local.json").unlink()
+    (directory / "head.json").rename(directory / "later")
+    cancel = local.start("cancel", run_id, "--json")
+    wait_until(lambda: not (directory / "batch.sh").exists(), "the cancel to wait")
+    (directory / "later").rename(directory / "head.json")
+    output, words = cancel.communicate(timeout=60)
+    assert json.loads(output)["survivors"] == 0, words
+    wait_until(lambda: not local.left(run_id), "the run to be gone")
