@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import select
 import socket
 import ssl
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +59,7 @@ class Client:
         self._directory = directory
         self._run_id = run_id
         self._context: ssl.SSLContext | None = None
-        self._connection: http.client.HTTPConnection | None = None
+        self._connection: _OneWrite | None = None
 
     def __enter__(self) -> Client:
         return self
@@ -166,47 +166,31 @@ class Client:
         tls = self._connection.sock
         assert tls is not None
         tls.settimeout(timeout)
-        with self._watched(tls) if timeout > READ_TIMEOUT else contextlib.nullcontext():
-            self._connection.request(method, path, body=data)
-            response = self._connection.getresponse()
-            answer = response.read()
+        self._connection.request(method, path, body=data)
+        response = self._answer(self._connection, patient=timeout > READ_TIMEOUT)
+        answer = response.read()
         if response.will_close:
             self.close()
         return response.status, answer
 
-    @contextlib.contextmanager
-    def _watched(self, connection: socket.socket) -> Iterator[None]:
-        """Hang up, and raise TimeoutError, once the head gives no sign of life on another connection either."""
-        done, hung_up = threading.Event(), threading.Event()
+    def _answer(self, connection: _OneWrite, *, patient: bool) -> http.client.HTTPResponse:
+        """The beginning of the answer. ``patient``: it may take long, and meanwhile the head is asked whether it lives.
 
-        def hang_up() -> None:
-            hung_up.set()
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not SSLSocket's own, which is for one thread
-
-        threading.Thread(target=self._watch, args=(done, hang_up), daemon=True).start()
-        try:
-            yield
-        except (OSError, http.client.HTTPException):
-            if hung_up.is_set():
-                raise TimeoutError from None
-            raise
-        finally:
-            done.set()
-
-    def _watch(self, done: threading.Event, hang_up: Callable[[], None]) -> None:
+        Raises TimeoutError once it gives no sign of life on another connection either.
+        """
+        connection.flush()
         heard = time.monotonic()
-        with Client(self._addresses, self._port, self._directory, self._run_id) as probe:
-            while not done.wait(PROBE_INTERVAL):
+        while patient and not select.select([connection.sock], [], [], PROBE_INTERVAL)[0]:
+            with Client(self._addresses, self._port, self._directory, self._run_id) as probe:
                 try:
                     probe.health(timeout=max(0.1, heard + SILENCE - time.monotonic()))
                     heard = time.monotonic()
                 except SlurmforkError:
                     if time.monotonic() + PROBE_INTERVAL >= heard + SILENCE:
-                        hang_up()
-                        return
+                        raise TimeoutError from None
+        return connection.getresponse()
 
-    def _open(self, timeout: float) -> http.client.HTTPConnection:
+    def _open(self, timeout: float) -> _OneWrite:
         if self._context is None:
             self._context = credentials.client_context(self._directory)
         name = credentials.server_name(self._run_id)
@@ -242,10 +226,15 @@ class _OneWrite(http.client.HTTPConnection):
         """Keep it until the answer is asked for."""
         self._unsent += data
 
+    def flush(self) -> None:
+        """Send what was kept."""
+        unsent, self._unsent = self._unsent, b""
+        if unsent:
+            self.sock.sendall(unsent)
+
     def getresponse(self) -> http.client.HTTPResponse:
         """Send what was kept, and read the beginning of the answer."""
-        unsent, self._unsent = self._unsent, b""
-        self.sock.sendall(unsent)
+        self.flush()
         return super().getresponse()
 
 

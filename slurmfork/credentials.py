@@ -100,7 +100,9 @@ def _usage(*, signs: bool) -> Any:
 
 def server_context(directory: Path) -> ssl.SSLContext:
     """TLS context of the head: asks every peer for a certificate of this run."""
-    return _context(directory, HEAD, server=True)
+    context = _context(directory, HEAD, server=True)
+    context.num_tickets = 0  # nobody resumes a session; and what can be read from a connection is an answer
+    return context
 
 
 def agent_context(directory: Path) -> ssl.SSLContext:

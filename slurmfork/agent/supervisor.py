@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 ANSWERS_KEPT = 1024
 ORPHANS_GRACE_S = 1.0
 END_MARGIN_S = 1.0
-EARLY_LOOKS_S = (0.3, 1.5, 4.0)  # after a start, in which most daemons are made: who saw them come knows whose they are
+# Seconds between looks after a start, in which most daemons are made: who saw them come knows whose they are.
+EARLY_LOOKS_S = (0.3, 1.2, 2.5)
 
 
 class Supervisor:
@@ -44,6 +45,8 @@ class Supervisor:
         self._seen: dict[str, frozenset[Identity]] = {}
         self._last_pid = b""
         self._late: set[asyncio.Task[None]] = set()
+        self._early: list[float] = []
+        self._looking: asyncio.TimerHandle | None = None
         self._end: asyncio.Task[EndReport] | None = None
         self._budget_ends = float("inf")
         self._loop = asyncio.get_running_loop()
@@ -118,8 +121,7 @@ class Supervisor:
             why = StartFailed(f"not started within {LAUNCH_TIMEOUT_S:g} s: a file system hangs")
             return dict.fromkeys((worker.name for worker in workers), why)
         self.reap()
-        for seconds in EARLY_LOOKS_S:
-            self._loop.call_later(seconds, self.heartbeat)
+        self._look_soon()
         return {worker.name: worker.start_failure for worker in workers if worker.start_failure}
 
     async def _undo_late(self, workers: list[Worker], done: asyncio.Future[None]) -> None:
@@ -219,6 +221,16 @@ class Supervisor:
                 yield ended
             elif pids is None:
                 return
+
+    def _look_soon(self) -> None:
+        """Look at the trees early, however many starts there are: a look costs as much as ten of them."""
+        self._early = list(EARLY_LOOKS_S[1:])
+        if self._looking is None:
+            self._looking = self._loop.call_later(EARLY_LOOKS_S[0], self._early_look)
+
+    def _early_look(self) -> None:
+        self.heartbeat()
+        self._looking = self._loop.call_later(self._early.pop(0), self._early_look) if self._early else None
 
     def heartbeat(self) -> None:
         """Note what is new below the workers, in the journal, and what they have in shared memory."""

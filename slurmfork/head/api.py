@@ -77,6 +77,8 @@ class Api:
     def stream(self, method: str, target: str) -> AsyncIterator[Event] | None:
         """Events as they happen, where that is what is asked for."""
         path, _, query = target.partition("?")
+        if method != "GET":
+            return None
         with contextlib.suppress(Refused, msgspec.DecodeError):
             asked = self.routes.find(method, path).read(query, b"")
             if isinstance(asked, EventsQuery) and asked.follow:
