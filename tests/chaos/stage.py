@@ -129,7 +129,10 @@ class Stage:
     # --- Slurm
 
     def _bring_up(self) -> None:
-        self._minicluster("up", "--nodes", str(NODES), "--gpus", str(GPUS), "--proctrack", self.proctrack)
+        # Other clusters on this machine number their jobs from 1: ours are not to be taken for theirs.
+        first = f"FirstJobId={100_000 + os.getpid()}"
+        shape = ["--nodes", str(NODES), "--gpus", str(GPUS), "--proctrack", self.proctrack, "--set", first]
+        self._minicluster("up", *shape)
         self.conf = json.loads(self._minicluster("status", "--json"))["conf"]
         self.prefix = f"{self._cluster}-n"
         for name in [name for name in os.environ if name.startswith(("SLURM", "SBATCH", "SRUN"))]:
