@@ -82,7 +82,7 @@ def command(pid: int) -> str:
 def describe(one: Who) -> str:
     """One process in words, for whoever looks into a failure."""
     tag = "tagged" if b"SLURMFORK_RUN_ID=" in read(one.pid, "environ") else "untagged"
-    return f"pid {one.pid}, state {state(one.pid)}, child of {parent(one.pid)}, {tag}: {command(one.pid)[:160]}"
+    return f"pid {one.pid}, state {state(one.pid)}, child of {parent(one.pid)}, {tag}: {command(one.pid)[-160:]}"
 
 
 def carries(pid: int, run_id: str) -> bool:
