@@ -241,3 +241,12 @@ def test_a_warning_reaches_the_workers_that_asked_for_it(local: Shell) -> None:
     log = local.root / run_id / "logs" / "careful-0.log"
     wait_until(lambda: "saved" in log.read_text(), "the worker to hear of it")
     assert [view["pid"] for view in local.ps(run_id, "plain")] == [plain["pid"]]
+
+
+def test_a_run_whose_batch_script_was_killed_ends_by_itself(local: Shell) -> None:
+    run_id = local.ready(local.spec(STUBBORN), "--backend", "local")
+    os.kill(int(local.status(run_id)["job_id"]), signal.SIGKILL)
+    assert local.call("wait", run_id).returncode == 1
+    status = local.status(run_id)
+    assert (status["state"], status["survivors"]) == ("cancelled", 0), status
+    wait_until(lambda: local.left(run_id) == [], "all of it to be gone")

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from slurmfork import credentials, logbook, names
+from slurmfork import credentials, logbook, names, prctl
 from slurmfork.errors import PlanError, Refused, RunDirError, SlurmforkError
 from slurmfork.head import addresses, scheduler
 from slurmfork.head.absentees import BatchLog
@@ -130,6 +130,7 @@ class Head:
         loop.add_signal_handler(signal.SIGINT, self._terminated)
         loop.add_signal_handler(signal.SIGUSR1, self._warned)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        prctl.signal_at_parents_death(signal.SIGTERM)  # the batch script's end is the run's, whoever killed it
 
     def _terminated(self) -> None:
         self._signalled.set()
