@@ -92,10 +92,13 @@ def head_kill(trial: Trial) -> None:
     excuses="intent unverified",
 )
 def guardian_and_agent_kill(trial: Trial) -> None:
-    agent = trial.one("agent")
-    guardian = sight.who(sight.parent(agent.pid))
-    both = [one for one in (guardian, agent) if one is not None]
-    for one in both:  # neither is to hear of the other's death
+    kill_at_once(trial, trial.one("agent").pid)
+
+
+def kill_at_once(trial: Trial, agent: int) -> None:
+    """SIGKILL of an agent and its guardian; neither hears of the other's death."""
+    both = [one for pid in (sight.parent(agent), agent) if pid > 1 and (one := sight.who(pid))]
+    for one in both:
         sight.signal_one(one, signal.SIGSTOP)
     trial.kill(*both)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chaos import sight, specs, stage, worker
-from chaos.faults import LATER, REGISTRY, Act, Fault, fault
+from chaos.faults import LATER, REGISTRY, Act, Fault, fault, kill_at_once
+from chaos.sight import Who
 
 if TYPE_CHECKING:
     from chaos.trial import Trial
@@ -80,6 +81,26 @@ def loaders_orphaned(trial: Trial) -> None:
     _await("loader", 5)(trial)
     rank = next(line.who for line in trial.sight.leaders() if line.name.startswith("loader/"))
     trial.kill(rank)
+
+
+@fault(
+    "keepers-and-tag-gone",
+    "guardian and agent killed the moment that a worker has a daemon without environment",
+    prepare=_with("scrubbed"),
+    moments=("own",),
+    cleans=True,
+    excuses="unverified intent",
+)
+def keepers_and_tag_gone(trial: Trial) -> None:
+    """No ring is left that knows of the daemon, but for what the journal and the kernel can tell."""
+    trial.submit()
+
+    def there() -> list[Who]:
+        lines = [line for line in trial.sight.announced() if line.name.startswith("scrubbed/")]
+        return [line.who for line in lines if line.leader and len(lines) > 1]
+
+    leader = stage.until(there, "the daemon", pause=0.001)[0]
+    kill_at_once(trial, sight.parent(leader.pid))
 
 
 # --- reused PIDs

@@ -48,17 +48,20 @@ class Innocents:
     those: dict[Who, str] = field(default_factory=dict)
     _children: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def add(self, words: str, argv: list[str], *, cwd: Path | None = None, **environment: str) -> Who:
-        """Start one and have it looked after; ``words`` say what it is like."""
+    def add(
+        self, words: str, argv: list[str], *, cwd: Path | None = None, reads: Path | None = None, **environment: str
+    ) -> Who:
+        """Start one and have it looked after; ``words`` say what it is like, ``reads`` is what it has open."""
         base = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
-        child = subprocess.Popen(
-            argv,
-            env={**base, **environment},
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with (reads or Path(os.devnull)).open("rb") as file:
+            child = subprocess.Popen(
+                argv,
+                env={**base, **environment},
+                cwd=cwd,
+                stdin=file,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         self._children.append(child)
         return self.note(words, child.pid)
 

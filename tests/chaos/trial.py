@@ -347,9 +347,9 @@ class Trial:
     def _add_decoys(self) -> None:
         """Those who look like this very run, and are a user's own."""
         argv = [sys.executable, "-c", "import signal; signal.pause()"]
-        log = next(iter(sorted((self.rundir / "logs").glob("*.log"))), self.rundir)
+        log = next(iter(sorted((self.rundir / "logs").glob("*.log"))))
         add = self.stage.innocents.add
-        self._adopt(add("a user's look at the run's log", [*argv, "tail", "-f", str(log)], cwd=self.rundir))
+        self._adopt(add("a user's look at a log", [*argv, "tail", "-f", str(log)], cwd=self.rundir, reads=log))
         self._adopt(add("a user's shell with the run's id", argv, SLURMFORK_RUN_ID=self.run_id))
 
     def _adopt(self, one: Who) -> None:
