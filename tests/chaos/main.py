@@ -125,7 +125,7 @@ def show(one: Result, directory: Path) -> None:
     verdict = "ok" if one.ok else "FAILED"
     print(f"seed {one.seed:<6} {one.fault:<24} {one.moment:<9} {took:<26} {verdict}", flush=True)
     parts = [("left", one.survivors), ("hit", one.innocents), ("failed", one.failures), ("note", one.notes)]
-    for word, lines in [*parts, ("ended by clean", one.cleaned)]:
+    for word, lines in [*parts, ("before clean", one.cleaned)]:
         for line in lines[:8]:
             print(f"    {word}: {line}")
         if len(lines) > 8:
