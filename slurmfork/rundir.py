@@ -158,7 +158,12 @@ class RunDir:
         return self.path / "logs"
 
     def worker_log(self, role: str, index: int) -> Path:
-        return self.logs / f"{role}-{index}.log"
+        return self.logs / self.log_name(f"{role}/{index}")
+
+    @staticmethod
+    def log_name(worker: str) -> str:
+        """The name of the log of a worker (``role/index``)."""
+        return f"{worker.replace('/', '-')}.log"
 
     @property
     def agents(self) -> Path:

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from slurmfork.errors import RunDirError
@@ -37,7 +38,7 @@ class Scratch:
     def __init__(self, run_id: str, node: str) -> None:
         self._removed = 0
         try:
-            self.ports = private_directory(user_directory() / "ports")
+            self.ports = user_directory() / "ports.lock"
             self.path = private_directory(node_directory(run_id, node))
             self._workers = private_directory(self.path / "t")
             self._notify = private_directory(self.path / "n")
@@ -46,7 +47,7 @@ class Scratch:
             raise RunDirError(f"cannot make {error.filename}: {error.strerror}") from None
 
     def mark(self, job: tuple[str, str], run_dir: Path, node: str) -> None:
-        """Say whose it is, for a sweep that knows no more than a job (cluster and id); see ``of_job``."""
+        """Say whose it is, for a sweep that knows no more than a job (cluster and id, or empty), and for ``marked``."""
         descriptor = os.open(self.path / _MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with open(descriptor, "w") as file:
             file.write("\n".join((*job, node, str(run_dir))))
@@ -87,13 +88,19 @@ def of_job(cluster: str, job_id: str) -> list[tuple[Path, str]]:
 
     Both must be the same: hosts that belong to two clusters have two jobs of one id.
     """
-    found = []
+    return [(run_dir, node) for job, run_dir, node in _marked() if job_id and job == (cluster, job_id)]
+
+
+def marked() -> list[tuple[Path, str]]:
+    """Run directory and node of each directory of an agent on this host, whether that lives or not."""
+    return [(run_dir, node) for _, run_dir, node in _marked()]
+
+
+def _marked() -> Iterator[tuple[tuple[str, str], Path, str]]:
     for place in user_directory().iterdir():
         with contextlib.suppress(OSError, ValueError):
-            *marked, node, run_dir = (place / _MARK).read_text().split("\n", 3)
-            if marked == [cluster, job_id]:
-                found.append((Path(run_dir), node))
-    return found
+            cluster, job_id, node, run_dir = (place / _MARK).read_text().split("\n", 3)
+            yield (cluster, job_id), Path(run_dir), node
 
 
 def _lock(path: Path) -> int:

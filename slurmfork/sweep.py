@@ -1,4 +1,4 @@
-"""The sweep: what is left of a run on this machine is found by journal and by tag, and ended from outside.
+"""The sweep: what is left of a run on this machine is found by journal, tag and log, and ended from outside.
 
 ``python -I .../sweep.py --run-dir DIR [--node N] [--grace S]`` prints a report as JSON; the batch script's exit trap,
 the head, ``cancel`` and ``clean`` use it, and with ``--job CLUSTER ID`` in place of a directory an epilog. It believes
@@ -27,6 +27,7 @@ from slurmfork.process import Identity, alive, ancestors, boot_id, describe, own
 from slurmfork.rundir import RunDir, RunRecord, check_private
 from slurmfork.scratch import of_job, remove_left
 from slurmfork.shm import remove_named
+from slurmfork.writers import walk_writers
 
 BOUND_S = 10.0
 DEFAULT_GRACE_S = 5.0
@@ -63,15 +64,20 @@ def sweep(
     are left alone. Raises RunDirError where the run directory is not this user's own.
     """
     report = SweepReport(node=node)
-    recorded = list(_recorded(rundir, node, report.notes))
+    recorded, logs = _recorded(rundir, node, report.notes)
+    log_directory = _log_directory(rundir, run_id)
     # Whatever was found once: when its parent has ended nothing else may lead to it.
     known = {one: None for one in recorded if owner(one.pid) == os.geteuid() and alive(one)}
     job_id = _job_id(rundir)
     protected = spare | ancestors(os.getpid()) | {os.getpid()}
 
+    def writers() -> Iterator[Identity]:
+        if log_directory is not None:
+            yield from walk_writers(log_directory, logs if node else None)
+
     def find() -> Iterator[Identity]:
         seen: set[Identity] = set()
-        for source in (filter(alive, list(known)), walk_tagged(run_id, node, job_id=job_id)):
+        for source in (filter(alive, list(known)), walk_tagged(run_id, node, job_id=job_id), writers()):
             for one in _with_descendants(source, seen, protected):
                 known[one] = None
                 yield one
@@ -99,8 +105,10 @@ def _with_descendants(roots: Iterable[Identity], seen: set[Identity], protected:
                 yield one
 
 
-def _recorded(rundir: Path, node: str | None, notes: list[str]) -> Iterator[Identity]:
-    """Identities that the run's journals hold as not ended."""
+def _recorded(rundir: Path, node: str | None, notes: list[str]) -> tuple[list[Identity], set[str]]:
+    """What the run's journals hold as not ended, and the names of the logs of all that they saw started."""
+    living: list[Identity] = []
+    logs: set[str] = set()
     for path in _journals(rundir, node, notes):
         try:
             records = journal.read(path)
@@ -111,7 +119,21 @@ def _recorded(rundir: Path, node: str | None, notes: list[str]) -> Iterator[Iden
             continue
         if records.damaged:
             notes.append(f"journal {path.name} has {records.damaged} damaged lines")
-        yield from (one.identity for one in journal.living(records))
+        living += (one.identity for one in journal.living(records))
+        logs |= {RunDir.log_name(record.worker) for record in records if isinstance(record, journal.Intent)}
+    return living, logs
+
+
+def _log_directory(rundir: Path, run_id: str) -> str | None:
+    """Where the kernel says that the run's logs are; None where the directory is not this user's alone."""
+    path = os.path.realpath(rundir)
+    try:
+        check_private(Path(path))
+    except FileNotFoundError:  # removed; who has a log of it open still shows where it was
+        pass
+    except OSError:
+        return None
+    return f"{path}/logs" if os.path.basename(path) == run_id else None  # noqa: PTH119
 
 
 def _journals(rundir: Path, node: str | None, notes: list[str]) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from processes import PATIENCE, Yard, argv
+from processes import PATIENCE, Yard, argv, wait_until
 
 from slurmfork import names, process, sweep
 from slurmfork.errors import RunDirError
-from slurmfork.journal import MAX_LINE, Ended, Journal, Record, Seen, Started
+from slurmfork.journal import MAX_LINE, Ended, Intent, Journal, Record, Seen, Started
 from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, RunRecord
 from slurmfork.scratch import Scratch, remove
@@ -155,6 +156,74 @@ def test_what_its_parent_took_out_of_sight_is_still_ended(yard: Yard, rundir: Ru
     report = run(rundir)
     assert not process.alive(one)
     assert report.survivors == []
+
+
+# --- by the log --------------------------------------------------------------------------------------------
+
+
+WRITER = "import os, signal, sys; os.open(sys.argv[1], int(sys.argv[2]), 0o600); signal.pause()"
+
+
+def with_file(yard: Yard, path: Path, flags: int) -> Identity:
+    """A process in a session of its own that has nothing of the run but this file."""
+    path.touch()
+    child = yard.run([sys.executable, "-c", WRITER, os.fspath(path), str(flags)], env={})
+    wait_until(lambda: any(file.path == str(path) for file in process.open_files(child.pid)), "the file to be open")
+    one = process.identify(child.pid)
+    assert one is not None
+    return one
+
+
+def test_what_shed_its_tag_is_known_by_the_log_that_it_writes(yard: Yard, rundir: RunDir) -> None:
+    log = rundir.worker_log("a", 0)
+    writer = with_file(yard, log, os.O_WRONLY | os.O_APPEND)
+    bystanders = [
+        with_file(yard, log, os.O_RDONLY),
+        with_file(yard, rundir.logs / ".a-0.log.swp", os.O_RDWR),  # an editor's
+        with_file(yard, rundir.path / "notes.log", os.O_WRONLY),
+        with_file(yard, yard.directory / "a-0.log", os.O_WRONLY),
+    ]
+    report = run(rundir)
+    assert len(report.killed) == 1
+    assert not process.alive(writer)
+    assert all(map(process.alive, bystanders))
+    yard.kill(*bystanders)
+
+
+def test_a_log_tells_of_which_node_its_writer_is(yard: Yard, rundir: RunDir) -> None:
+    write(rundir, Intent(start_id="s1", worker="a/0", argv=["x"]), node="n1")
+    write(rundir, Intent(start_id="s1", worker="a/1", argv=["x"]), node="n2")
+    here = with_file(yard, rundir.worker_log("a", 0), os.O_WRONLY)
+    there = with_file(yard, rundir.worker_log("a", 1), os.O_WRONLY)
+    run(rundir, node="n1")
+    assert not process.alive(here)
+    assert process.alive(there)
+    run(rundir, node="n2")
+    assert not process.alive(there)
+
+
+def test_a_log_of_a_run_directory_that_was_removed_is_still_known(yard: Yard, rundir: RunDir) -> None:
+    writer = with_file(yard, rundir.worker_log("a", 0), os.O_WRONLY)
+    shutil.rmtree(rundir.path)
+    assert len(run(rundir).killed) == 1
+    assert not process.alive(writer)
+
+
+def test_logs_of_a_directory_that_only_is_called_like_the_run_are_not_its_own(
+    yard: Yard, rundir: RunDir, tmp_path: Path
+) -> None:
+    other = tmp_path / "elsewhere"
+    (other / "logs").mkdir(parents=True)
+    (other / "journal").mkdir()
+    for path in (other, other / "journal", other / "logs"):
+        path.chmod(0o700)
+    bystander = with_file(yard, other / "logs" / "a-0.log", os.O_WRONLY)
+    shutil.rmtree(rundir.path)
+    rundir.path.symlink_to(other)
+    with pytest.raises(RunDirError):
+        run(rundir)
+    assert process.alive(bystander)
+    yard.kill(bystander)
 
 
 # --- by the journal ----------------------------------------------------------------------------------------

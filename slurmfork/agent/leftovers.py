@@ -18,7 +18,7 @@ from slurmfork.killing import end_all
 from slurmfork.orders import Finding
 from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, RunRecord, is_private
-from slurmfork.scratch import remove_left
+from slurmfork.scratch import marked, remove_left
 from slurmfork.shm import remove_named
 
 GRACE_S = 2.0
@@ -37,7 +37,23 @@ class Tag(NamedTuple):
 
 
 def sweep(run_id: str) -> list[Finding]:
-    """End what is left of runs other than ``run_id`` that are over: SIGTERM, a short grace, SIGKILL; and tell."""
+    """End what is left of runs other than ``run_id`` that are over: SIGTERM, a short grace, SIGKILL; and tell.
+
+    What agents of such runs left behind as they were killed, on disk and in shared memory, goes too.
+    """
+    findings = _end(run_id)
+    for run_dir, node in marked():
+        if run_dir.name != run_id and _is_over(Tag(run_dir.name, node, str(run_dir), "")):
+            _tidy(run_dir.name, node)
+    return findings
+
+
+def _tidy(run: str, node: str) -> None:
+    remove_left(run, node)
+    remove_named(run)
+
+
+def _end(run_id: str) -> list[Finding]:
     found: dict[Identity, Tag] = {}
 
     def find() -> Iterator[Identity]:
@@ -54,8 +70,7 @@ def sweep(run_id: str) -> list[Finding]:
         text = f"left by run {found[one].run_id}, would not die: {process.describe(one)}"
         findings.append(Finding(kind="leftovers", serious=True, text=text))
     for run, node in {tag[:2] for tag in found.values()} - {found[one][:2] for one in survivors}:
-        remove_left(run, node)
-        remove_named(run)
+        _tidy(run, node)
     return findings
 
 

@@ -69,9 +69,8 @@ class Agent:
         self._guardian_pid = guardian_pid
         self._loop = asyncio.get_running_loop()
         self._scratch = Scratch(node.run_id, node.name)
-        if job_id := node.environment.get("SLURM_JOB_ID"):
-            cluster = node.environment.get("SLURM_CLUSTER_NAME", "")
-            self._scratch.mark((cluster, job_id), node.rundir.path, node.name)
+        cluster, job_id = (node.environment.get(name, "") for name in ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID"))
+        self._scratch.mark((cluster, job_id), node.rundir.path, node.name)
         self._site = Site(
             node=node,
             base=inherited(node.environment),

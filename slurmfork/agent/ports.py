@@ -1,4 +1,4 @@
-"""Free TCP ports, reserved among all agents of this user on this host by a locked file each.
+"""Free TCP ports, reserved among all agents of this user on this host by a lock on a byte each of one file.
 
 From a range below the kernel's own, so that no outgoing connection takes one; a lock goes with the agent.
 """
@@ -10,12 +10,14 @@ import fcntl
 import os
 import random
 import socket
+import struct
 from pathlib import Path
 
 from slurmfork.errors import Refused
 
 PREFERRED = (20_000, 32_768)
 _ENOUGH = 1_000
+_FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, pid
 
 
 def port_range() -> range:
@@ -29,16 +31,21 @@ def port_range() -> range:
 
 
 class Ports:
-    """Reservations of one agent. ``directory`` is shared by this user's agents on this host."""
+    """Reservations of one agent. ``path`` is the file that this user's agents on this host share.
 
-    def __init__(self, directory: Path, choices: range | None = None) -> None:
-        self._directory = directory
+    The locks are those of an open file (``F_OFD_SETLK``): they end with its last descriptor, and only with that.
+    """
+
+    def __init__(self, path: Path, choices: range | None = None) -> None:
+        self._path = path
         self._choices = choices or port_range()
-        self._held: dict[int, int] = {}
+        self._file = -1
+        self._held: set[int] = set()
         self._owned: dict[str, list[int]] = {}
 
     def reserve(self, owner: str, count: int) -> list[int]:
         """Reserve ``count`` more ports for ``owner``; raises Refused, with none reserved, if they do not do."""
+        self._open()
         found: list[int] = []
         start = random.randrange(len(self._choices))  # noqa: S311 (to spread, not to hide)
         for offset in range(len(self._choices) if count <= len(self._choices) else 0):
@@ -61,35 +68,54 @@ class Ports:
         """Give back all that ``owner`` holds."""
         self._drop(self._owned.pop(owner, []))
 
+    def close(self) -> None:
+        """Give back everything; harmless when repeated."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+        self._held.clear()
+        self._owned.clear()
+
+    def _open(self) -> None:
+        """Have the file of that name open: who tidies /tmp may have removed it, and others lock the new one."""
+        try:
+            if self._file >= 0:
+                try:
+                    if os.path.samestat(os.fstat(self._file), os.lstat(self._path)):
+                        return
+                except FileNotFoundError:
+                    pass
+            fresh = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise Refused(f"ports cannot be reserved by {self._path}: {error.strerror}", "no_ports") from None
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = fresh
+        for port in self._held:
+            self._lock(port, fcntl.F_WRLCK)
+
     def _drop(self, ports: list[int]) -> None:
         for port in ports:
-            os.close(self._held.pop(port))
+            self._held.discard(port)
+            self._lock(port, fcntl.F_UNLCK)
 
     def _take(self, port: int) -> bool:
-        if port in self._held:
+        if port in self._held or not self._lock(port, fcntl.F_WRLCK):
             return False
-        path = self._directory / str(port)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        if not _is_free(port):
+            self._lock(port, fcntl.F_UNLCK)
+            return False
+        self._held.add(port)
+        return True
+
+    def _lock(self, port: int, kind: int) -> bool:
         try:
-            descriptor = os.open(path, flags, 0o600)
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, port, 1, 0))
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.EACCES, errno.ENOSPC):
-                raise Refused(f"ports cannot be reserved in {self._directory}: {error.strerror}", "no_ports") from None
-            return False
-        if _lock(descriptor, path) and _is_free(port):
-            self._held[port] = descriptor
-            return True
-        os.close(descriptor)
-        return False
-
-
-def _lock(descriptor: int, path: Path) -> bool:
-    """Lock the file, and see that it is still the one of that name: who tidies /tmp may have removed it."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except OSError:
-        return False
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # another agent's
+                return False
+            raise Refused(f"ports cannot be reserved by {self._path}: {error.strerror}", "no_ports") from None
+        return True
 
 
 def _is_free(port: int) -> bool:

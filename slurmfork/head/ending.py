@@ -34,6 +34,7 @@ SIGTERM_STATUS = 128 + 15
 HOLD = 0.5  # a worker that dies of SIGTERM may be the first to hear that the whole job is being ended
 LAUNCHER_PATIENCE = 15.0
 DISK_PATIENCE = 10.0
+LEAST_PATIENCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -156,15 +157,17 @@ class Ending:
         verdict = await self.decided
         for hold in self._held.values():
             hold.cancel()
+        deadline = None if verdict.budget is None else asyncio.get_running_loop().time() + verdict.budget
         missing = self._members.close()
         survivors, silent = await self._end_agents(verdict.budget)
-        left, unverified = await self._sweep(silent, verdict.budget)
+        left, unverified = await self._sweep(silent, deadline)
         survivors += left
         if verdict.lost in unverified:  # it is not the agent alone that is gone
             reason = f"node {verdict.lost} was lost: its agent is gone, and nothing can be run there"
             verdict = replace(verdict, state=RunState.NODE_FAIL, reason=reason)
-        if not await self._launcher_gone(verdict.budget) and missing:
-            unverified.append(f"{missing} nodes whose agents never joined")
+        if not await self._launcher_gone(deadline) and missing:
+            left, unknown = await self._sweep_absent(missing, deadline)
+            survivors, unverified = survivors + left, unverified + unknown
         requeued = verdict.requeue and await self._requeue()
         record = EndRecord(
             state=verdict.state,
@@ -236,18 +239,33 @@ class Ending:
         except RunDirError as error:
             log.error("the end could not be recorded: %s", error)
 
-    async def _sweep(self, nodes: list[str], budget: float | None) -> tuple[list[str], list[str]]:
+    async def _sweep(self, nodes: list[str], deadline: float | None) -> tuple[list[str], list[str]]:
         """Sweep nodes whose agents did not answer; (descriptions of survivors, nodes where that was not possible)."""
-        found = await self._sweeper.sweep(nodes, PATIENCE_S if budget is None else min(PATIENCE_S, budget))
+        found = await self._sweeper.sweep(nodes, _patience(PATIENCE_S, deadline))
         survivors = [f"{node}: {line}" for node, lines in found.items() for line in lines or ()]
         return survivors, [node for node, lines in found.items() if lines is None]
 
-    async def _launcher_gone(self, budget: float | None) -> bool:
-        """Whether the launcher has ended, as it does when the last guardian has; bounded."""
-        patience = LAUNCHER_PATIENCE if budget is None else min(LAUNCHER_PATIENCE, budget)
+    async def _sweep_absent(self, missing: int, deadline: float | None) -> tuple[list[str], list[str]]:
+        """As ``_sweep``, for nodes whose agents never joined, and may have come since."""
+        nodes = self._members.absent()
+        if len(nodes) < missing:  # their names are not known
+            return [], [f"{missing} nodes whose agents never joined"]
+        return await self._sweep(nodes, deadline)
+
+    async def _launcher_gone(self, deadline: float | None) -> bool:
+        """Whether the launcher has ended in order, as it does when the last guardian has; bounded.
+
+        One that a signal ended proves nothing: what it had started may still be on its way.
+        """
+        patience = _patience(LAUNCHER_PATIENCE, deadline)
         try:
             await asyncio.wait_for(asyncio.shield(self._launcher.ended), patience)
         except asyncio.TimeoutError:
             log.warning("the launcher is still there after %.0f s", patience)
             return False
-        return True
+        return self._launcher.orderly
+
+
+def _patience(most: float, deadline: float | None) -> float:
+    """Seconds to wait, ``most`` at most, for something that is to be over at ``deadline`` (None: there is none)."""
+    return most if deadline is None else max(LEAST_PATIENCE, min(most, deadline - asyncio.get_running_loop().time()))

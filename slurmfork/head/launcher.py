@@ -24,6 +24,11 @@ class Launcher:
         self.status: int | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
+    @property
+    def orderly(self) -> bool:
+        """Whether it ended as it should, and so its agents before it: not of a signal, and not out of sight."""
+        return self.status is not None and self.status < 128
+
     def start(self, environment: Mapping[str, str]) -> None:
         """Start it; raises OSError if it cannot be."""
         reader, writer = os.pipe2(os.O_CLOEXEC)

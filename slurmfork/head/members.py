@@ -84,6 +84,10 @@ class Members:
         self.closed = True
         return self.expected - len(self._members)
 
+    def absent(self) -> list[str]:
+        """Nodes that never joined, as far as their names are known."""
+        return [node for node in self._addresses if node not in self._members]
+
     def sorted(self) -> list[Member]:
         """Members in the order of their nodes' names, numbers counted as numbers."""
         return sorted(self._members.values(), key=lambda member: natural(member.node))
