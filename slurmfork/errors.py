@@ -80,6 +80,14 @@ class Refused(SlurmforkError):
         self.detail = detail
 
 
+class TransportError(SlurmforkError):
+    """A machine could not be reached, or refused us; the message names it and says what to do."""
+
+
+class ConnectionLost(TransportError):
+    """A connection that stood, or was about to, went away: what was under way may or may not have been done."""
+
+
 class StillAlive(SlurmforkError):
     """A stop or a cancel left processes alive; the message names them."""
 
