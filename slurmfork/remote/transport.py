@@ -76,7 +76,7 @@ def run(
     transport: Transport,
     argv: Sequence[str],
     *,
-    input: bytes = b"",  # noqa: A002 (as subprocess calls it)
+    input: bytes = b"",
     env: Mapping[str, str] | None = None,
     timeout: float = RUN_S,
 ) -> Done:
