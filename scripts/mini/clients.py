@@ -20,13 +20,13 @@ def daemon_env(cluster: Cluster) -> dict[str, str]:
     return {**client_env(cluster), **own, "MYSQL_UNIX_PORT": f"{cluster.home}/db/sock"}
 
 
-def command(*argv: str, env: dict[str, str], limit_s: float = 60) -> str:
+def command(*argv: str, env: dict[str, str], limit_s: float = 60, stdin: str = "") -> str:
     """Runs a client to its end and returns what it printed."""
     try:
         done = subprocess.run(
             argv,
             env=env,
-            stdin=subprocess.DEVNULL,
+            input=stdin,
             capture_output=True,
             text=True,
             timeout=limit_s,

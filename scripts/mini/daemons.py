@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 from mini.clients import command, daemon_env, node_states
+from mini.privsep import need_privsep
 from mini.processes import look
 from mini.slurm_conf import cluster_name, write_files
+from mini.ssh_files import write_ssh_files
 from mini.store import save
 from mini.words import Cluster, Failed, Place, Record
 
@@ -73,6 +77,8 @@ class Start:
         self.daemon("slurmctld", "slurmctld", "-D", "-f", str(self.cluster.conf))
         self.wait_port("slurmctld", self.place.slurmctld)
         self.slurmds()
+        if self.shape.ssh:
+            self.sshds()
 
     def munged(self) -> None:
         at = self.cluster.home / "munge"
@@ -122,6 +128,15 @@ class Start:
                 self.wait(f"waited for {title}", partial(listens, port, address), titles=[title])
         self.wait("waited for all nodes to be idle", self.all_idle, titles=["slurmctld", *titles[:2]])
 
+    def sshds(self) -> None:
+        """Each from its own file; a probe of the port would be a failed login in its log, so the log tells."""
+        need_privsep(self.cluster)
+        program = shutil.which("sshd") or "sshd"  # it starts itself again for each connection, by its full path
+        for host in write_ssh_files(self.cluster, self.shape, self.place):
+            self.daemon(host.title, program, "-D", "-e", "-f", str(host.config))
+            log = self.cluster.home / "log" / f"{host.title}.err"
+            self.wait(f"waited for {host.title}", partial(says, log, "Server listening on"), titles=[host.title])
+
     def all_idle(self) -> bool:
         states = node_states(self.cluster)
         return len(states) == self.shape.nodes and set(states.values()) == {"idle"}
@@ -133,3 +148,7 @@ def listens(port: int, address: str = "127.0.0.1") -> bool:
     except OSError:
         return False
     return True
+
+
+def says(log: Path, words: str) -> bool:
+    return words in log.read_text(errors="replace")

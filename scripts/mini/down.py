@@ -8,12 +8,15 @@ import signal
 import time
 from pathlib import Path
 
+from mini.accounts import made_for
 from mini.clients import client_env, command
+from mini.privsep import leave_privsep
 from mini.processes import belongs, control_groups, end, executable, is_up, scan
 from mini.store import give_back, load, lock_of, locked
+from mini.users import remove_users
 from mini.words import KILL_WAIT_S, Cluster, Failed, Process, Record
 
-DAEMONS = ("slurmctld", "slurmd", "munged", "mariadbd")  # how the names of their executables begin
+DAEMONS = ("slurmctld", "slurmd", "munged", "mariadbd", "sshd")  # how the names of their executables begin
 
 
 def down(cluster: Cluster) -> None:
@@ -26,7 +29,7 @@ def take_down(cluster: Cluster) -> bool:
     """Jobs, then daemons, then whatever else is of this cluster, then its files. False: nothing was there."""
     record = load(cluster)
     shape = record.shape if record else None
-    if not cluster.home.exists() and not scan(cluster, shape):
+    if not cluster.home.exists() and not made_for(cluster) and not scan(cluster, shape):
         return False
     if record and is_up(record):
         end_jobs(cluster)
@@ -35,6 +38,8 @@ def take_down(cluster: Cluster) -> bool:
     end_the_rest(cluster, record)
     for group in control_groups(cluster, shape) if shape else []:
         remove_group(group)
+    remove_users(cluster)
+    leave_privsep(cluster)
     shutil.rmtree(cluster.home, ignore_errors=True)
     give_back(cluster)
     if cluster.home.exists():

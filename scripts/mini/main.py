@@ -16,6 +16,7 @@ from mini.store import find
 from mini.up import up
 from mini.words import Failed, Shape
 
+SHELLS = ("bash", "csh", "fish")
 TRACKERS = ("linuxproc", "pgid", "cgroup")
 
 
@@ -30,7 +31,7 @@ def between(low: int, high: int) -> Callable[[str], int]:
 
 def setting(text: str) -> str:
     if not re.fullmatch(r"\w+ *=[^\n]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be KEY=VALUE, a line of slurm.conf")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be KEY=VALUE, on one line")
     return text
 
 
@@ -74,14 +75,28 @@ def shape_options(up_parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a line for slurm.conf; repeatable",
     )
+    add("--ssh", action="store_true", help="sshd of a login node, of each compute node, and of a jump host")
+    add(
+        "--sshd-option",
+        action="append",
+        type=setting,
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option for the login node's sshd; repeatable",
+    )
+    add("--login-shell", choices=SHELLS, default=SHELLS[0], help="what users get by SSH (default: %(default)s)")
     add("--no-install", action="store_true", help="do not install what is missing")
 
 
 def run(asked: argparse.Namespace) -> int:
     cluster = find(asked.name)
     if asked.verb == "up":
-        words = ("nodes", "gpus", "cpus", "proctrack", "accounting", "min_job_age")
-        shape = Shape(**{word: getattr(asked, word) for word in words}, settings=tuple(asked.set))
+        words = ("nodes", "gpus", "cpus", "proctrack", "accounting", "min_job_age", "ssh", "login_shell")
+        options = tuple(asked.sshd_option)
+        if (options or asked.login_shell != SHELLS[0]) and not asked.ssh:
+            raise Failed("--sshd-option and --login-shell are of use with --ssh only", 2)
+        values = {word: getattr(asked, word) for word in words}
+        shape = Shape(**values, settings=tuple(asked.set), sshd_options=options)
         up(cluster, shape, not asked.no_install)
     elif asked.verb == "down":
         down(cluster)
@@ -96,6 +111,7 @@ def run(asked: argparse.Namespace) -> int:
 
 def main() -> int:
     os.environ["PATH"] = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/local/sbin:/usr/sbin:/sbin"
+    os.umask(0o022)  # daemons and users read what is written here
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that an interrupted `up` takes itself down
     try:
         return run(parser().parse_args())

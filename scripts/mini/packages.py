@@ -14,11 +14,13 @@ from mini.words import Failed, Shape
 
 BASIC = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}
 ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server", "mariadb-install-db": "mariadb-server"}
+SSH = {"sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "useradd": "passwd"}
 POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks this file whether an install may start a daemon
 
 
 def need_packages(shape: Shape, may_install: bool) -> None:
     wanted = BASIC | (ACCOUNTING if shape.accounting else {})
+    wanted |= {**SSH, shape.login_shell: shape.login_shell} if shape.ssh else {}
     missing = [command for command in wanted if not shutil.which(command)]
     packages = " ".join(sorted({wanted[command] for command in missing}))
     if os.getuid() != 0:

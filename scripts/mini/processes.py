@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from mini.accounts import made_for
 from mini.words import Cluster, Process, Record, Shape
 
 TAG = "SLURMFORK_MINICLUSTER_OF"  # in the environment of each daemon: the directory of its cluster
@@ -44,12 +45,31 @@ def environ(pid: int) -> dict[str, str]:
 def belongs(cluster: Cluster, pid: int) -> bool:
     """A daemon of ours carries the tag; what a job of ours started carries our conf and a node's name.
 
-    A shell that merely uses the cluster has the conf too, and must live.
+    A shell that merely uses the cluster has the conf too, and must live. sshd writes its title over its environment,
+    and is known by where its errors go.
     """
     found = environ(pid)
     if found.get(TAG) == str(cluster.home):
         return True
-    return found.get("SLURM_CONF") == str(cluster.conf) and "SLURMD_NODENAME" in found
+    if found.get("SLURM_CONF") == str(cluster.conf) and "SLURMD_NODENAME" in found:
+        return True
+    return executable(pid).startswith("sshd") and errors(pid).startswith(f"{cluster.home}/log/")
+
+
+def errors(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/2")
+    except OSError:
+        return ""
+
+
+def owner(pid: int) -> int | None:
+    """The real uid; the owner of /proc/PID is root for whatever cannot be traced."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("Uid:"):
+                return int(line.split()[1])
+    return None
 
 
 def executable(pid: int) -> str:
@@ -82,6 +102,8 @@ def scan(cluster: Cluster, shape: Shape | None) -> list[Process]:
     spared = {1, *ancestry(os.getpid(), parents)}
     members = {pid for pid in pids if belongs(cluster, pid)}
     members |= contained(control_groups(cluster, shape)) if shape else set()
+    if uids := set(made_for(cluster).values()):
+        members |= {pid for pid in pids if owner(pid) in uids}
     below = {pid for pid in pids if not members.isdisjoint(ancestry(pid, parents))}
     return [process for pid in sorted((members | below) - spared) if (process := look(pid))]
 

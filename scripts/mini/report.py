@@ -11,8 +11,11 @@ from pathlib import Path
 
 from mini.clients import node_states
 from mini.processes import is_up, living
+from mini.ssh_files import hosts, known_hosts, ssh_config
+from mini.ssh_keys import key_paths, keys_at, secret_paths
 from mini.store import load
-from mini.words import Cluster, Failed, Place, Record
+from mini.users import Users, homes
+from mini.words import Cluster, Failed, Place, Record, Shape
 
 
 def headline(cluster: Cluster, record: Record) -> str:
@@ -25,6 +28,7 @@ def headline(cluster: Cluster, record: Record) -> str:
     return (
         f"{things}, Slurm {record.version}, proctrack/{shape.proctrack}{extra}: "
         f'eval "$({shlex.quote(str(script))} env{name})"'
+        + (f"\n  ssh -F {ssh_config(cluster)} login" if shape.ssh else "")
     )
 
 
@@ -60,10 +64,42 @@ def description(cluster: Cluster, record: Record | None, state: str, *, nodes: d
         ]
         if record
         else [],
+        "ssh": ssh(cluster, record.shape, Place(record.block)) if record and record.shape.ssh else None,
+    }
+
+
+def ssh(cluster: Cluster, shape: Shape, place: Place) -> dict[str, object]:
+    return {
+        "config": str(ssh_config(cluster)),
+        "known_hosts": str(known_hosts(cluster)),
+        "hosts": [
+            {"name": host.name, "role": host.role, "address": host.address, "port": host.port, "daemon": host.title}
+            for host in hosts(cluster, shape, place)
+        ],
+        "users": asdict(Users.of(place)),
+        "homes": str(homes(cluster)),
+        "keys": {name: str(path) for name, path in key_paths(cluster).items()},
+        "secrets": {name: str(path) for name, path in secret_paths(cluster).items()},
     }
 
 
 def print_env(cluster: Cluster) -> None:
-    if not is_up(load(cluster)):
+    record = load(cluster)
+    if not record or not is_up(record):
         raise Failed(f"{cluster.name} is not up; first: {Path(sys.argv[0]).name} up --name {cluster.name}")
-    print(f"export SLURM_CONF={shlex.quote(str(cluster.conf))}")
+    for name, value in variables(cluster, record).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+def variables(cluster: Cluster, record: Record) -> dict[str, str]:
+    """SLURM_CONF is Slurm's; the rest, there with --ssh, is for people and tests."""
+    found = {"SLURM_CONF": str(cluster.conf)}
+    if record.shape.ssh:
+        place, prefix = Place(record.block), "MINICLUSTER_SSH_"
+        found[f"{prefix}CONFIG"] = str(ssh_config(cluster))
+        found[f"{prefix}KNOWN_HOSTS"] = str(known_hosts(cluster))
+        found[f"{prefix}KEYS"] = str(keys_at(cluster))
+        for host in hosts(cluster, record.shape, place)[:2]:
+            found[f"{prefix}{host.name.upper()}"] = f"{host.address}:{host.port}"
+        found |= {f"{prefix}{role.upper()}": name for role, name in asdict(Users.of(place)).items()}
+    return found

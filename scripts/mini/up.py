@@ -11,6 +11,7 @@ from mini.packages import need_packages
 from mini.processes import is_up
 from mini.report import headline
 from mini.store import claim, load, lock_of, locked
+from mini.users import need_a_way_in
 from mini.words import Cluster, Failed, Record, Shape
 
 
@@ -25,6 +26,8 @@ def up(cluster: Cluster, shape: Shape, may_install: bool) -> None:
                 )
             print(f"already up: {headline(cluster, record)}")
             return
+        if shape.ssh:
+            need_a_way_in(cluster)
         take_down(cluster)  # what a crash has left
         record = Record(shape, claim(cluster, shape).block)
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 FIRST_PORT, PORTS_PER_BLOCK, BLOCKS = 17000, 270, 56  # all below the kernel's range for outgoing connections
 KILL_WAIT_S = 5
+ROLES = ("login", "jump", "node")  # what an sshd can be for
 
 
 class Failed(Exception):
@@ -28,6 +29,9 @@ class Shape:
     accounting: bool
     min_job_age: int
     settings: tuple[str, ...] = ()
+    ssh: bool = False
+    sshd_options: tuple[str, ...] = ()
+    login_shell: str = "bash"
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,13 @@ class Place:
     def address(self, index: int) -> str:
         return f"127.0.{self.block}.{index}"
 
+    def sshd(self, role: str) -> int:
+        """All compute nodes use one port, each on its own address, as real ones do."""
+        return self.slurmctld + 2 + ROLES.index(role)
+
     def ports(self, shape: Shape) -> list[int]:
-        return [self.slurmctld, self.slurmdbd, *(self.slurmd(i) for i in range(1, shape.nodes + 1))]
+        slurm = [self.slurmctld, self.slurmdbd, *(self.slurmd(i) for i in range(1, shape.nodes + 1))]
+        return slurm + [self.sshd(role) for role in ROLES if shape.ssh]
 
 
 @dataclass(frozen=True)
