@@ -13,7 +13,7 @@ from mini.clients import client_env, command
 from mini.privsep import leave_privsep
 from mini.processes import belongs, control_groups, end, executable, is_up, scan
 from mini.store import give_back, load, lock_of, locked
-from mini.users import remove_users
+from mini.users import remove_users, settled_users
 from mini.words import KILL_WAIT_S, Cluster, Failed, Process, Record
 
 DAEMONS = ("slurmctld", "slurmd", "munged", "mariadbd", "sshd")  # how the names of their executables begin
@@ -33,9 +33,10 @@ def take_down(cluster: Cluster) -> bool:
         return False
     if record and is_up(record):
         end_jobs(cluster)
-    if record:
-        end_daemons(cluster, record)
-    end_the_rest(cluster, record)
+    with settled_users(shape):
+        if record:
+            end_daemons(cluster, record)
+        end_the_rest(cluster, record)
     for group in control_groups(cluster, shape) if shape else []:
         remove_group(group)
     remove_users(cluster)

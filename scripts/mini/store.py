@@ -115,7 +115,7 @@ def load(cluster: Cluster) -> Record | None:
     """None: no such cluster, or `up` died before it had written anything, or another version wrote it."""
     try:
         data = json.loads((cluster.home / "cluster.json").read_text())
-        lists = {word: tuple(data["shape"][word]) for word in ("settings", "sshd_options")}
+        lists = {word: tuple(data["shape"].get(word, ())) for word in ("settings", "sshd_options")}
         data["shape"] = Shape(**{**data["shape"], **lists})
         data["daemons"] = {title: Process(**process) for title, process in data["daemons"].items()}
         data["keeper"] = Process(**data["keeper"]) if data["keeper"] else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +49,13 @@ def make_users(cluster: Cluster, shape: Shape, place: Place, password: str) -> N
             at.mkdir(mode=0o700, parents=True)
             shutil.chown(at, name, name)
         command("chpasswd", env=dict(os.environ), stdin=f"{users.password_user}:{password}\n")
+
+
+@contextlib.contextmanager
+def settled_users(shape: Shape | None) -> Iterator[None]:
+    """Lets an `up` that is at it finish with useradd, which leaves half a user if killed, and not begin with it."""
+    with locked(registry() / ".lock") if shape and shape.ssh else contextlib.nullcontext():
+        yield
 
 
 def remove_users(cluster: Cluster) -> None:
