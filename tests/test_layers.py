@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +49,15 @@ def test_imports_point_one_way(module: str, forbidden: list[str]) -> None:
     loaded = loaded_by(f"import {module}")
     found = [name for name in loaded for room in forbidden if name == room or name.startswith(room + ".")]
     assert found == []
+
+
+def test_the_minicluster_needs_the_standard_library_alone_and_imports_one_way() -> None:
+    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    graph: dict[str, set[str]] = {}
+    for path in (scripts / "mini").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        graph[f"mini.{path.stem}"] = {name for name in named if name.startswith("mini.")}
+        assert {name.partition(".")[0] for name in named} <= {*sys.stdlib_module_names, "mini"}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)  # raises at a cycle
