@@ -19,17 +19,21 @@ from slurmfork.rundir import RunDir
 
 @dataclass
 class Aftermath:
-    """What a sweep did: processes ended and still alive (each described), and nodes that could not be asked."""
+    """What a sweep did: processes ended and still alive (each described), and nodes that could not be asked.
+
+    ``notes`` says which of the run's records could not be used.
+    """
 
     killed: list[str] = field(default_factory=list)
     survivors: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def sweep_run(rundir: RunDir, *, grace: float = 2.0) -> Aftermath:
     """End whatever is left of the run on this machine; raises RunDirError if the directory is not ours."""
     report = sweep.sweep(rundir.path, run_id=rundir.run_id, node=None, grace=grace)
-    return Aftermath(list(report.killed), list(report.survivors), _elsewhere(rundir))
+    return Aftermath(report.killed, report.survivors, _elsewhere(rundir), report.notes)
 
 
 def _elsewhere(rundir: RunDir) -> list[str]:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -283,6 +284,23 @@ def run_dirs(root: Path) -> Iterator[RunDir]:
         rundir = RunDir(Path(entry.path))
         if names.RUN_ID_PATTERN.fullmatch(entry.name) and _is_run(rundir):
             yield rundir
+
+
+def unfinished_dirs(root: Path, *, older_than: float) -> Iterator[Path]:
+    """Directories of submissions that were killed before they had a record; unchanged for ``older_than`` seconds."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(root)):
+            rundir = RunDir(Path(entry.path))
+            if not names.RUN_ID_PATTERN.fullmatch(entry.name) or rundir.record.exists():
+                continue
+            facts = rundir.path.lstat()
+            known = {path.name for path in (rundir.credentials, rundir.logs, rundir.agents, rundir.journals)}
+            if (
+                is_private(facts)
+                and time.time() - facts.st_mtime >= older_than
+                and {path.name for path in rundir.path.iterdir()} <= known
+            ):
+                yield rundir.path
 
 
 def _is_run(rundir: RunDir) -> bool:

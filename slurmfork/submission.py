@@ -108,13 +108,13 @@ def _fill(
     secrets: dict[str, str],
     source: Path | None,
 ) -> None:
+    directory.write_record(directory.record, record)  # first: by it the verbs know the directory, whoever dies now
     directory.write(directory.spec, spec.to_json())
     directory.write(directory.script, script.encode(), executable=True)
     if source is not None:
         directory.write(directory.source, source.read_bytes())
     if secrets:
         directory.write(directory.secrets, msgspec.json.encode(secrets))
-    directory.write_record(directory.record, record)
 
 
 def _remove(directory: RunDir) -> None:

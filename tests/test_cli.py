@@ -729,3 +729,16 @@ def test_spans_and_lines() -> None:
     ]
     assert output.one_line("a\n b\x1b[2J\tc ") == "a b [2J c"
     assert [output.plural(n, "process") for n in (0, 1, 2)] == ["0 processes", "1 process", "2 processes"]
+
+
+def test_prune_removes_what_a_killed_submit_had_only_begun(say: Any, root: Path) -> None:
+    begun, fresh, other = (RunDir(root / f"{name}-abcdef") for name in ("begun", "fresh", "other"))
+    for directory in (begun, fresh, other):
+        directory.make()
+    (other.path / "mine.txt").touch()
+    for directory in (begun, other):
+        os.utime(directory.path, (0, 0))
+    say("prune", "--yes")
+    assert not begun.path.exists()
+    assert fresh.path.exists()
+    assert other.path.exists()

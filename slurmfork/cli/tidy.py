@@ -7,6 +7,7 @@ import shutil
 import stat
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from slurmfork.cli.options import RUN, Seconds, verb
 from slurmfork.errors import Refused, RunDirError, SlurmforkError, UsageError
 from slurmfork.observe import RunStatus
 from slurmfork.run import Run, statuses
+from slurmfork.rundir import default_root, unfinished_dirs
+
+UNFINISHED = 3600.0  # seconds after which a directory that was begun is not going to be filled any more
 
 
 @verb("clean", prints_data=True, examples=["slurmfork clean last", "slurmfork clean --all"])
@@ -94,6 +98,8 @@ def _tell(run_id: str, after: Aftermath, *, as_json: bool) -> None:
             output.say(f"  ended: {line}")
     for line in after.survivors:
         output.aside(f"  still alive: {line}")
+    for note in after.notes:
+        output.complain(f"{run_id}: {note}")
     if after.unverified:
         nodes = ", ".join(after.unverified)
         output.complain(f"{run_id}: cannot look at {nodes} from here; run `slurmfork clean {run_id}` there")
@@ -105,7 +111,8 @@ def _tell(run_id: str, after: Aftermath, *, as_json: bool) -> None:
 def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
     """Remove the directories of runs that ended longer ago than D, with their logs.
 
-    Never touches a run that is alive, or of which nobody knows whether it is. Should something of the others
+    Never touches a run that is alive, or of which nobody knows whether it is. What submissions that were killed have
+    begun and never filled goes, too. Should something of the others
     still run on this machine, it is ended first; if that fails, the directory is kept.
     """
     found = Run.all(root)
@@ -114,6 +121,9 @@ def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
     if old and not yes:
         _ask(old)
     removed = [one.run_id for one in old if _nothing_left(one) and _remove(one)]
+    for path in unfinished_dirs(Path(root).absolute() if root else default_root(), older_than=UNFINISHED):
+        with suppress(OSError):
+            shutil.rmtree(path)
     if as_json:
         output.document({"removed": removed})
     else:
