@@ -93,6 +93,7 @@ class Head:
 
     def _assemble(self, expected: int, known: dict[str, str]) -> None:
         self._table = Table(self._rundir.run_id, self._rundir)
+        self._batch_log = BatchLog(self._rundir)
         self._members = Members(
             self._rundir.run_id,
             expected,
@@ -102,6 +103,7 @@ class Head:
             on_silence=self._silent,
             on_notice=self._noticed,
             on_api=self._worker_api,
+            end_of=self._batch_log.end_of,
         )
         self._workers = Workers(
             self._spec,
@@ -112,7 +114,6 @@ class Head:
             extra={**_secrets(self._rundir), names.ATTEMPT: str(_attempt())},
         )
         self._launcher = Launcher(self._argv)
-        self._batch_log = BatchLog(self._rundir)
         self._ending = Ending(
             self._table,
             self._members,
