@@ -23,6 +23,17 @@ async def nobody(*_: Any) -> None:
     """Answers nothing."""
 
 
+class Answering(Link):
+    """One that is not connected, and answers at once."""
+
+    def __init__(self) -> None:
+        super().__init__(nobody)
+        self.asked: asyncio.Queue[str] = asyncio.Queue()
+
+    async def ask(self, op: str, *_: Any, **__: Any) -> Any:
+        self.asked.put_nowait(op)
+
+
 class House:
     """Members without connections, and the batch log that tells of ends."""
 
@@ -43,8 +54,8 @@ class House:
         )
         self.links = {node: self.join(node) for node in ("n1", "n2")}
 
-    def join(self, node: str) -> Link:
-        link = Link(nobody)
+    def join(self, node: str) -> Answering:
+        link = Answering()
         join = Join(
             node=node,
             hostname=node,
@@ -113,3 +124,15 @@ async def test_the_last_node_is_left_to_the_launcher(house: House) -> None:
     assert (await asyncio.wait([ending], timeout=0.2))[1] == {ending}
     assert house.lost == []
     ending.cancel()
+
+
+async def test_an_agent_is_asked_at_once_whether_it_is_there_when_the_run_ends(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms, "PING_INTERVAL", LONG)
+    link = house.links["n1"]
+    asking = asyncio.ensure_future(house.members.stay_in_touch("n1", link))
+    await asyncio.wait_for(link.asked.get(), PATIENCE)
+    house.members.close()
+    assert await asyncio.wait_for(link.asked.get(), PATIENCE) == "ping"
+    asking.cancel()

@@ -76,6 +76,7 @@ class Members:
         self.expected = expected
         self.complete = asyncio.Event()
         self.closed = False
+        self._closing = asyncio.Event()
         self._run_id = run_id
         self._addresses = addresses
         self._members: dict[str, Member] = {}
@@ -86,6 +87,7 @@ class Members:
     def close(self) -> int:
         """Take nobody in any more; returns how many nodes had not joined. Late agents leave as they came."""
         self.closed = True
+        self._closing.set()
         return self.expected - len(self._members)
 
     def sorted(self) -> list[Member]:
@@ -145,7 +147,11 @@ class Members:
                 self._on_silence(node, silent)
                 if silent:
                     link.give_up(f"the agent on node {node} does not answer")
-            await asyncio.sleep(0 if silent else PING_INTERVAL)
+            if self.closed:
+                await asyncio.sleep(0 if silent else PING_INTERVAL)
+            else:  # who is to end a node is asked at once whether he is there
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), 0 if silent else PING_INTERVAL)
 
     async def left(self, node: str, link: Link) -> None:
         """A link of this node has ended: within the lease there may be another."""
