@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import Yard, argv, wait_until
+from processes import Yard, argv, freeze, kill_at_once, wait_until
 from running import Shell
 
 from slurmfork import journal, names, process
@@ -62,18 +62,6 @@ def keepers(local: Shell, run_id: str) -> tuple[int, int]:
     """PIDs of guardian and agent."""
     node = local.status(run_id)["nodes"][0]
     return node["guardian_pid"], node["agent_pid"]
-
-
-def freeze(*pids: int) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-
-
-def kill_at_once(*pids: int) -> None:
-    """None of them hears of the others' death."""
-    freeze(*pids)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
 
 
 def recorded(local: Shell, run_id: str) -> set[Identity]:
