@@ -27,6 +27,18 @@ def wait_until(condition: Callable[[], object], what: str, timeout: float = PATI
         time.sleep(0.005)
 
 
+def freeze(*pids: int) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def kill_at_once(*pids: int) -> None:
+    """SIGKILL of several; none of them hears of the others' death."""
+    freeze(*pids)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
 def argv(kind: str, directory: Path, name: str) -> list[str]:
     """The command that becomes an awkward process."""
     return [sys.executable, "-I", "-S", str(AWKWARD), kind, str(directory), name]

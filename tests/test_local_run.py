@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from processes import wait_until
+from processes import kill_at_once, wait_until
 from running import Shell, command_of
 
 from slurmfork.scratch import node_directory
@@ -182,8 +182,7 @@ def test_a_sweep_removes_the_scratch_of_a_node_that_lost_agent_and_guardian(loca
     run_id = local.ready(spec, "--backend", "local")
     node = local.status(run_id)["nodes"][0]
     place = node_directory(run_id, node["node"])
-    for pid in (node["guardian_pid"], node["agent_pid"]):
-        os.kill(pid, signal.SIGKILL)
+    kill_at_once(node["guardian_pid"], node["agent_pid"])
     assert local.call("wait", run_id).returncode == 137
     wait_until(lambda: not place.exists(), "the batch script's sweep to remove the scratch")
 

@@ -1,4 +1,4 @@
-"""Absentees: nodes whose agent will not come, known by what the launcher and the nodes themselves write.
+"""Absentees: nodes whose agent will not come, or not come back, known by what launcher and nodes write.
 
 A node that does not see the run directory can say so only on its standard error, which ends up in the batch log.
 """
@@ -22,39 +22,55 @@ _ENDED = re.compile(
 
 
 class BatchLog:
-    """What is appended to the batch log from now on."""
+    """What is appended to the batch log from now on, read in a thread: the disk may hang."""
 
     def __init__(self, rundir: RunDir) -> None:
         self._rundir = rundir
         self._offset = 0
+        self._looking = asyncio.Lock()
+        self._refused: dict[str, str] = {}
+        self._ended: dict[str, str] = {}
         with contextlib.suppress(OSError):
             self._offset = rundir.batch_log.stat().st_size
 
     async def absentee(self, joined: Callable[[str], bool]) -> str:
         """Wait for word of a node that will not come, ``joined`` excepted; returns it, in one line."""
         while True:
-            for line in self._new():
-                if told := self._told(line, joined):
-                    return told
+            await self._look()
+            for node, why in self._refused.items():
+                return f"node {node} cannot take part: {why}"
+            for node, how in self._ended.items():
+                if not joined(node):
+                    log = self._last_words(node)
+                    return f"the agent of {node} {how.lower()} before it joined" + (f": {log}" if log else "")
             await asyncio.sleep(LOOK_S)  # a file of a network file system announces nothing
 
-    def _new(self) -> list[str]:
-        with contextlib.suppress(OSError), self._rundir.batch_log.open("rb") as file:
-            file.seek(self._offset)
-            whole, newline, _ = file.read(_PIECE).rpartition(b"\n")
-            self._offset += len(whole + newline)
-            return whole.decode(errors="replace").splitlines()
-        return []
+    async def end_of(self, node: str) -> None:
+        """Wait for the launcher's word that a node's guardian has ended, and so its agent."""
+        await self._look()
+        while node not in self._ended:
+            await asyncio.sleep(LOOK_S)
+            await self._look()
 
-    def _told(self, line: str, joined: Callable[[str], bool]) -> str:
-        if said := _SAID.fullmatch(line):
-            return f"node {said[1]} cannot take part: {said[2]}"
-        if said := _ENDED.fullmatch(line):
-            node, how = said[1] or said[3], said[2] or said[4]
-            if not joined(node):
-                log = self._last_words(node)
-                return f"the agent of {node} {how.lower()} before it joined" + (f": {log}" if log else "")
-        return ""
+    async def _look(self) -> None:
+        """Note what is new."""
+        loop = asyncio.get_running_loop()
+        async with self._looking:
+            while lines := await loop.run_in_executor(None, self._read, self._offset):
+                self._offset += len(lines)
+                for line in lines.decode(errors="replace").splitlines():
+                    if said := _SAID.fullmatch(line):
+                        self._refused[said[1]] = said[2]
+                    elif said := _ENDED.fullmatch(line):
+                        self._ended[said[1] or said[3]] = said[2] or said[4]
+
+    def _read(self, offset: int) -> bytes:
+        """Whole lines from there on."""
+        with contextlib.suppress(OSError), self._rundir.batch_log.open("rb") as file:
+            file.seek(offset)
+            whole, newline, _ = file.read(_PIECE).rpartition(b"\n")
+            return whole + newline
+        return b""
 
     def _last_words(self, node: str) -> str:
         with contextlib.suppress(OSError):

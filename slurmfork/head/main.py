@@ -44,6 +44,7 @@ log = logging.getLogger("slurmfork.head")
 JOIN_TIMEOUT = 600.0  # nodes of cloud clusters boot for minutes
 KILL_WAIT = 30.0  # Slurm's default; what follows SIGTERM must be over before
 LINGER = 10.0
+LAST_PATIENCE = 2.0
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -93,6 +94,7 @@ class Head:
 
     def _assemble(self, expected: int, known: dict[str, str]) -> None:
         self._table = Table(self._rundir.run_id, self._rundir)
+        self._batch_log = BatchLog(self._rundir)
         self._members = Members(
             self._rundir.run_id,
             expected,
@@ -102,6 +104,7 @@ class Head:
             on_silence=self._silent,
             on_notice=self._noticed,
             on_api=self._worker_api,
+            end_of=self._batch_log.end_of,
         )
         self._workers = Workers(
             self._spec,
@@ -112,7 +115,6 @@ class Head:
             extra={**_secrets(self._rundir), names.ATTEMPT: str(_attempt())},
         )
         self._launcher = Launcher(self._argv)
-        self._batch_log = BatchLog(self._rundir)
         self._ending = Ending(
             self._table,
             self._members,
@@ -337,12 +339,26 @@ def main(arguments: list[str]) -> int:
     rundir = RunDir(Path(arguments[1]))
 
     async def run() -> int:
-        return await Head(rundir, launcher, sweep).run()
+        try:
+            return await Head(rundir, launcher, sweep).run()
+        finally:
+            await _give_up_the_rest()
 
+    loop = uvloop.new_event_loop()  # its TLS takes a third of the time of asyncio's own
     try:
-        return uvloop.run(run())  # its TLS takes a third of the time of asyncio's own
+        return loop.run_until_complete(run())  # not uvloop.run: that waits for threads that hang with a disk
     except SlurmforkError as error:
         print(f"slurmfork head: {error}", file=sys.stderr)
         return error.exit_code
     finally:
+        loop.close()
         logbook.end(writing)
+
+
+async def _give_up_the_rest() -> None:
+    """Cancel what still goes on when the run is over."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest, timeout=LAST_PATIENCE)

@@ -1,13 +1,14 @@
 """The members: the agents that joined, their links, and asking several of them at once.
 
 Nodes listen on no port: each agent connects to the head's link port with its certificate and stays. A link that
-is lost may come back within the lease; after that the node counts as lost. Each agent is asked now and then whether
-it still answers; of one that hangs nobody waits for the rest of a long time limit.
+is lost may come back within the lease, unless its guardian has ended too; after that the node counts as lost. Each
+agent is asked now and then whether it still answers; of one that hangs nobody waits for the rest of a long time limit.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import ssl
 import time
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 HEARTBEAT = 10.0
 LEASE = 5.0
+SETTLE = 0.5  # seconds in which the others' links end too, if it is not one node alone that is gone
 SPARE_PORTS = 4
 PING_INTERVAL = 5.0
 SILENCE = 10.0  # seconds without an answer after which an agent counts as hanging
@@ -55,7 +57,7 @@ class Members:
 
     ``on_join``, ``on_lost`` hear of nodes (a lost one after its lease), ``on_silence(node, silent)`` of one that
     hangs, or answers again; ``on_notice(node, op, body)`` hears what agents tell; ``on_api(node, body)`` serves a
-    worker's API call.
+    worker's API call. ``end_of(node)`` returns once it is known that the node's guardian has ended.
     """
 
     def __init__(
@@ -69,19 +71,23 @@ class Members:
         on_silence: Callable[[str, bool], None],
         on_notice: Callable[[str, str, msgspec.Raw], None],
         on_api: Callable[[str, msgspec.Raw], Awaitable[Any]],
+        end_of: Callable[[str], Awaitable[None]],
     ) -> None:
         self.expected = expected
         self.complete = asyncio.Event()
         self.closed = False
+        self._closing = asyncio.Event()
         self._run_id = run_id
         self._addresses = addresses
         self._members: dict[str, Member] = {}
         self._on_join, self._on_lost, self._on_silence = on_join, on_lost, on_silence
         self._on_notice, self._on_api = on_notice, on_api
+        self._end_of = end_of
 
     def close(self) -> int:
         """Take nobody in any more; returns how many nodes had not joined. Late agents leave as they came."""
         self.closed = True
+        self._closing.set()
         return self.expected - len(self._members)
 
     def absent(self) -> list[str]:
@@ -145,15 +151,28 @@ class Members:
                 self._on_silence(node, silent)
                 if silent:
                     link.give_up(f"the agent on node {node} does not answer")
-            await asyncio.sleep(0 if silent else PING_INTERVAL)
+            if self.closed:
+                await asyncio.sleep(0 if silent else PING_INTERVAL)
+            else:  # who is to end a node is asked at once whether he is there
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), 0 if silent else PING_INTERVAL)
 
-    def left(self, node: str, link: Link) -> None:
+    async def left(self, node: str, link: Link) -> None:
         """A link of this node has ended: within the lease there may be another."""
-        asyncio.get_running_loop().call_later(LEASE, self._is_lost, node, link)
-
-    def _is_lost(self, node: str, link: Link) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._alone_gone(node), LEASE)
         if self._members[node].link is link:
             self._on_lost(node)
+
+    async def _alone_gone(self, node: str) -> None:
+        """Wait until it is known that this node's guardian has ended, while there are other nodes.
+
+        When the last one ends so does the launcher, and what that says comes first.
+        """
+        await self._end_of(node)
+        await asyncio.sleep(SETTLE)
+        if all(member.link.closed for member in self._members.values()):
+            await asyncio.sleep(LEASE)
 
     async def take_port(self, node: str) -> int:
         """A port on ``node`` for a role's rendezvous; give it back with ``return_port``."""
@@ -220,7 +239,7 @@ class _Door:
     async def _see_out(self) -> None:
         await self.link.ended()
         if self.node is not None:
-            self._members.left(self.node, self.link)
+            await self._members.left(self.node, self.link)
 
     async def _handle(self, op: str, body: msgspec.Raw) -> Any:
         if op == "join" and self.node is None:
