@@ -106,9 +106,9 @@ def keepers_and_tag_gone(trial: Trial) -> None:
 # --- reused PIDs
 
 
-def can_force_pids() -> bool:
-    """Whether the next PID of this machine may be chosen."""
-    return os.access(LAST_PID, os.W_OK) and os.geteuid() == 0
+def _cannot_choose() -> str:
+    may = os.access(LAST_PID, os.W_OK) and os.geteuid() == 0
+    return "" if may else "it needs root, where the next PID may be chosen"
 
 
 @fault(
@@ -117,13 +117,11 @@ def can_force_pids() -> bool:
     moments=LATER,
     cleans=True,
     ends=False,
+    lacks=_cannot_choose,
     excuses="unverified intent",
 )
 def pid_reuse(trial: Trial) -> None:
     """Workers end, some unseen by their agent, who is killed with its guardian before; others get their PIDs."""
-    if not can_force_pids():
-        trial.note("not forced: the machine lets nobody choose PIDs")
-        return
     doomed = [line.who for line in trial.sight.leaders()][:8]
     if trial.dice.random() < 0.7:
         above = [*trial.find("agent"), *trial.find("guardian")]

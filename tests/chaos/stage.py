@@ -133,7 +133,7 @@ class Stage:
 
     def _bring_up(self) -> None:
         # Other clusters on this machine number their jobs from 1: ours are not to be taken for theirs.
-        first = f"FirstJobId={100_000 + os.getpid()}"
+        first = f"FirstJobId={100_000 + 1000 * (os.getpid() % 60_000)}"
         shape = ["--nodes", str(NODES), "--gpus", str(GPUS), "--proctrack", self.proctrack, "--set", first]
         self._minicluster("up", *shape)
         self.conf = json.loads(self._minicluster("status", "--json"))["conf"]
