@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0
 CANCEL_PATIENCE = 150.0
+SLOW = 40.0  # seconds after which a cancel is pictured
 SETTLE = 20.0
 
 
@@ -59,17 +60,43 @@ def _from_outside(trial: Trial) -> None:
 
 def _await_cancels(trial: Trial) -> None:
     for child in trial.cancels:
-        try:
-            output, errors = child.communicate(timeout=CANCEL_PATIENCE)
-        except subprocess.TimeoutExpired:
-            stage.kill_group(child)
-            trial.fail(f"`slurmfork cancel` hangs for more than {CANCEL_PATIENCE:g} s")
+        found = _patiently(trial, child)
+        if found is None:
             continue
+        output, errors = found
         told = _document(output)
         if child.returncode and not told.get("unverified"):
             trial.fail(f"cancel: exit status {child.returncode}: {errors.strip()[-300:]}")
         elif child.returncode and "unverified" not in trial.excuses:
             trial.fail(f"cancel could not ask {told['unverified']}")
+
+
+def _patiently(trial: Trial, child: subprocess.Popen[str]) -> tuple[str, str] | None:
+    """What a cancel says; None where it hangs, which is told with the place that it hangs at."""
+    for number, patience in enumerate((SLOW, CANCEL_PATIENCE - SLOW)):
+        try:
+            return child.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            _picture(trial, f"slow-cancel-{number}")
+    child.send_signal(signal.SIGABRT)  # the stage has its commands say where they are then
+    _, errors = child.communicate(timeout=stage.PATIENCE)
+    trial.fail(f"`slurmfork cancel` hangs for more than {CANCEL_PATIENCE:g} s: {errors.strip()[-1500:]}")
+    return None
+
+
+def _picture(trial: Trial, name: str) -> None:
+    """Leave a list of all processes, and of Slurm's jobs and steps, with the trial, for whoever looks into it."""
+    commands = [["ps", "axfww", "-o", "pid,ppid,sid,stat,etimes,wchan:24,args"]]
+    if trial.stage.backend == "slurm":
+        commands += [
+            ["squeue", "-a"],
+            ["squeue", "-s"],
+            ["scontrol", "show", "job", trial.job_id],
+            ["sinfo", "-N", "-l"],
+        ]
+    text = "\n".join(f"$ {' '.join(argv)}\n{trial.stage.slurm(*argv, check=False)}" for argv in commands)
+    (trial.directory / name).write_text(text)
+    trial.note(f"`slurmfork cancel` is slow: see {name}")
 
 
 def _wait_over(trial: Trial, patience: float) -> bool:

@@ -124,7 +124,8 @@ class Stage:
     def shell(self, directory: Path) -> Shell:
         """A user's shell with a root of its own."""
         directory.mkdir(parents=True, exist_ok=True)
-        return Shell(directory, {"SLURM_CONF": self.conf} if self.conf else {})
+        conf = {"SLURM_CONF": self.conf} if self.conf else {}
+        return Shell(directory, {**conf, "PYTHONFAULTHANDLER": "1"})  # who is aborted says where it was
 
     def node(self, number: int) -> str:
         return f"{self.prefix}{number}" if self.backend == "slurm" else f"local{number - 1}"
