@@ -45,7 +45,6 @@ KINDS = [
     ("hidden", 2, "a daemon that closes every descriptor, changes directory and title"),
     ("scrubbed", 2, "a daemon started with `env -i`"),
     ("breeder", 20, f"a worker that starts {worker.PER_SECOND} processes a second"),
-    ("escaped", 2, "a process that left the job's control groups"),
     ("thousand", worker.CHILDREN, f"{worker.CHILDREN} children of one worker"),
 ]
 
@@ -58,6 +57,29 @@ for _kind, _count, _about in KINDS:
         moments=("ready",),
         ends=False,
     )
+
+
+@fault(
+    "worker-escaped",
+    "a process that moved itself out of the job's control groups",
+    prepare=_with("escaped"),
+    moments=("ready",),
+    ends=False,
+)
+def escaped(trial: Trial) -> None:
+    """There is something to leave only where Slurm has put the job into control groups."""
+    _await("escaped", 2)(trial)
+    those = [line.who.pid for line in trial.sight.leaders() if line.name.startswith("escaped/")]
+    left = [_groups(sight.parent(pid)) - _groups(pid) for pid in those]
+    trial.note(f"it left {', '.join(sorted(left[0])) or 'none: it was in none'}" if left else "it is gone already")
+    if left and not left[0] and trial.stage.proctrack == "cgroup" and trial.stage.backend == "slurm":
+        raise stage.Broken("the process could not leave its control groups")
+
+
+def _groups(pid: int) -> set[str]:
+    """The control groups of Slurm's that a process is in."""
+    lines = [line.split(":", 2) for line in sight.read(pid, "cgroup").decode().splitlines()]
+    return {f"{names or 'cgroup2'} job_{path.rpartition('/job_')[2]}" for _, names, path in lines if "/job_" in path}
 
 
 def _with_instant(trial: Trial) -> None:
