@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,14 +152,16 @@ def pid_reuse(trial: Trial) -> None:
             sight.signal_one(one, signal.SIGSTOP)
         trial.kill(*above)
     trial.kill(*trial.sight.workers())
-    taken = [one for one in doomed if _occupy(trial, one.pid)]
+    taken = [one for one in doomed if _occupy(trial, one)]
     trial.note(f"{len(taken)} of {len(doomed)} PIDs reused")
 
 
-def _occupy(trial: Trial, pid: int) -> bool:
-    """Have an innocent with this PID, once it is free; False where somebody else was quicker."""
-    argv = specs.command("plain", trial.stage.directory / "decoys", "first/0")
-    for _ in range(400):
+def _occupy(trial: Trial, doomed: Who) -> bool:
+    """Have an innocent with this PID, once it is free; False where somebody else was quicker, a new worker perhaps."""
+    pid = doomed.pid
+    argv = specs.command("plain", trial.stage.directory / "decoys", "first/0", str(stage.FOREVER))
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
         LAST_PID.write_text(str(pid - 1))
         child = os.fork()
         if child == 0:
@@ -167,14 +170,10 @@ def _occupy(trial: Trial, pid: int) -> bool:
             trial.adopt(f"an innocent with the PID {pid} of a worker", child)
             return True
         os.waitpid(child, 0)
-        if sight.read(pid, "stat") and not _ours(pid, trial):
+        if sight.who(pid) not in (None, doomed):
             return False
         stage.pause(0.005)
     return False
-
-
-def _ours(pid: int, trial: Trial) -> bool:
-    return any(one.pid == pid for one in trial.sight.workers()) or sight.state(pid) == "Z"
 
 
 def _become(argv: list[str], pid: int) -> None:
