@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chaos import batch, faults_clock, faults_kinds, faults_slurm, faults_steps, faults_storage, table
+from chaos import batch, faults_kinds, faults_slurm, faults_steps, faults_storage, faults_time, table
 from chaos.batch import Plan
 from chaos.faults import BOTH, REGISTRY, TRACKERS, Fault
 from chaos.result import Batch, Result, circumstances, load, save
 from chaos.stage import Broken
 
 # Importing them fills the registry.
-ROOMS = (faults_kinds, faults_slurm, faults_steps, faults_storage, faults_clock)
+ROOMS = (faults_kinds, faults_slurm, faults_steps, faults_storage, faults_time)
 
 
 def parser() -> argparse.ArgumentParser:
