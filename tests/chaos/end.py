@@ -86,16 +86,15 @@ def _patiently(trial: Trial, child: subprocess.Popen[str]) -> tuple[str, str] | 
 
 def _picture(trial: Trial, name: str) -> None:
     """Leave a list of all processes, and of Slurm's jobs and steps, with the trial, for whoever looks into it."""
-    commands = [["ps", "axfww", "-o", "pid,ppid,sid,stat,etimes,wchan:24,args"]]
+    commands = ["ps axfww -o pid,ppid,sid,stat,etimes,wchan:24,args"]
     if trial.stage.backend == "slurm":
-        commands += [
-            ["squeue", "-a"],
-            ["squeue", "-s"],
-            ["scontrol", "show", "job", trial.job_id],
-            ["sinfo", "-N", "-l"],
-        ]
-    text = "\n".join(f"$ {' '.join(argv)}\n{trial.stage.slurm(*argv, check=False)}" for argv in commands)
-    (trial.directory / name).write_text(text)
+        commands += ["squeue -a", "squeue -s", f"scontrol show job {trial.job_id}", "sinfo -N -l"]
+    with (trial.directory / name).open("w") as file:
+        for line in commands:
+            file.write(f"$ {line}\n")
+            file.flush()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may be Slurm that is slow
+                subprocess.run(line.split(), stdout=file, stderr=file, timeout=5, check=False)
     trial.note(f"`slurmfork cancel` is slow: see {name}")
 
 
