@@ -8,10 +8,12 @@ import json
 import socket
 import ssl
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from running import Shell
 
 from slurmfork import credentials
@@ -277,3 +279,10 @@ def test_a_head_that_is_not_there_is_unreachable(run: Run) -> None:
         port = unused.getsockname()[1]
     with pytest.raises(Unreachable), Client(["127.0.0.1"], port, run.rundir.credentials, run.run_id) as client:
         client.health()
+
+
+@pytest.mark.parametrize("holder", ["ca", "head", "agent", "client"])
+def test_a_clock_that_is_set_back_keeps_nobody_out(run: Run, holder: str) -> None:
+    """What was issued by a clock that was right is valid by one that is years behind."""
+    found = x509.load_pem_x509_certificate((run.rundir.credentials / f"{holder}.pem").read_bytes())
+    assert found.not_valid_before_utc < datetime.now(timezone.utc) - timedelta(days=3650)

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chaos import sight, specs, stage, table
-from chaos import trial as trials
+from chaos import end, sight, specs, stage
 from chaos.faults import REGISTRY, Fault
 from chaos.main import ROOMS
+from chaos.result import Batch, Result, load, save
 from chaos.sight import Sight
 from chaos.stage import Stage
-from chaos.trial import Result, Trial
+from chaos.trial import Trial
 from processes import wait_until
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "chaos"
@@ -23,12 +23,16 @@ QUICK = ["agent-kill", "guardian-and-agent-kill", "worker-hidden", "worker-scrub
 
 @pytest.mark.timeout(170)
 def test_a_handful_of_trials(tmp_path: Path) -> None:
-    page = tmp_path / "faults.md"
-    argv = [sys.executable, str(SCRIPT), "--trials", "6", "--seed", "42", "--fault", *QUICK, "--table", str(page)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=160, check=False)
+    results = tmp_path / "local.json"
+    argv = [sys.executable, str(SCRIPT), "--trials", "6", "--seed", "42", "--fault", *QUICK]
+    done = subprocess.run(
+        [*argv, "--jobs", "2", "--results", str(results)], capture_output=True, text=True, timeout=160, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "6 trials on local: nothing left, nobody hit"
-    assert all(f"| {name} | local | - | 1 | 0 | 0 |" in page.read_text() for name in QUICK)
+    assert done.stdout.splitlines()[-1].startswith("6 trials on local: nothing left, nobody hit")
+    (batch,) = load(results)
+    assert sorted(one.fault for one in batch.results) == sorted(QUICK)
+    assert sorted(one.seed for one in batch.results) == list(range(42, 48))
 
 
 # --- the checker
@@ -58,7 +62,7 @@ def test_the_checker_sees_a_daemon_that_hides(place: Path, kind: str) -> None:
 
 def test_the_checker_tells_what_was_left_and_who_was_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault that leaves a process of the trial, and harms a decoy."""
-    monkeypatch.setattr(trials, "SETTLE", 0.5)
+    monkeypatch.setattr(end, "SETTLE", 0.5)
     stray: list[subprocess.Popen[bytes]] = []
 
     def strike(trial: Trial) -> None:
@@ -78,18 +82,51 @@ def test_the_checker_tells_what_was_left_and_who_was_hit(tmp_path: Path, monkeyp
     assert not result.ok
 
 
-def test_rows_of_several_calls_make_one_page(tmp_path: Path) -> None:
-    page = tmp_path / "faults.md"
-    results = [Result(1, "agent-kill", seconds=1.0), Result(2, "agent-kill + head-kill", seconds=3.0, survivors=["x"])]
-    table.merge(page, table.rows(results[:1], "local", "-"))
-    table.merge(page, table.rows(results, "slurm", "pgid"))
-    table.merge(page, table.rows(results[:1] * 2, "local", "-"))
+HOW = {
+    "version": "1",
+    "commit": "abc",
+    "options": "--trials 2",
+    "kernel": "Linux 6",
+    "python": "3",
+    "cpus": "2",
+    "slurm": "",
+    "began": "today",
+}
+
+
+def test_batches_of_several_calls_make_one_page(tmp_path: Path) -> None:
+    """Batches are added to a file, several files to one page; what is left says whether a clean was due."""
+    results = [Result(1, "agent-kill", seconds=1.0), Result(2, "agent-kill + head-kill", seconds=3.0, left=["/a/b x"])]
+    cleaned = Result(3, "keepers-and-tag-gone", left=["y"], due=True)
+    first, second, page = tmp_path / "first.json", tmp_path / "second.json", tmp_path / "faults.md"
+    save(
+        first, [Batch("local", "-", HOW, results[:1]), Batch("local", "-", HOW, [Result(4, "agent-kill", missed=True)])]
+    )
+    save(second, [Batch("slurm", "pgid", HOW, [*results, cleaned]), Batch("slurm", "cgroup", HOW, results[:1] * 2)])
+    argv = [sys.executable, str(SCRIPT), "--table", str(page), "--from", str(first), str(second), str(first)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
     text = page.read_text()
-    assert text.count("| agent-kill | local |") == 1
-    assert "| agent-kill | local | - | 2 | 0 | 0 | 0 | 1.00 | 1.00 |" in text
+    assert "| agent-kill | local | - | 1 | 0 | 0 | 0 | 1.00 | 1.00 |" in text
+    assert "| came too late | local | - | 1 |" in text
+    assert "| agent-kill | slurm | cgroup | 2 | 0 | 0 | 0 | 1.00 | 1.00 |" in text
+    assert "| keepers-and-tag-gone | slurm | pgid | 1 | 1 | 0 | 0 | - | - |" in text
     assert "| pairs: agent-kill | slurm | pgid | 1 | 1 | 0 | 0 | 3.00 | 3.00 |" in text
+    assert "- slurm with proctrack/pgid, seed 2, agent-kill + head-kill: 1 processes left" in text
+    assert "- slurm with proctrack/pgid, `--trials 2`: 3 trials of slurmfork 1 (commit abc)" in text
+    words = "5 trials on slurm: 1 processes left, nobody hit; 1 needed `slurmfork clean`; "
+    words += "failed: 2 (agent-kill + head-kill)"
     assert "- 2 trials on local: nothing left, nobody hit" in text
-    assert "- 2 trials on slurm: 1 processes left, nobody hit" in text
+    assert text.splitlines()[-1] == f"- {words}"
+    assert done.stdout.splitlines()[-1] == words
+
+
+def test_a_file_of_something_else_is_no_results(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[]")
+    argv = [sys.executable, str(SCRIPT), "--from", str(tmp_path / "x.json")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "holds no results" in done.stderr
 
 
 def test_every_fault_is_told() -> None:

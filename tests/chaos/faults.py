@@ -24,6 +24,11 @@ def nothing(trial: Trial) -> None:
     """For faults that need nothing here."""
 
 
+def lacks_nothing() -> str:
+    """For faults that every machine lets one do."""
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """One fault.
@@ -33,7 +38,8 @@ class Fault:
     slurmfork's can name it any more. ``cleans``: where no ring can hold, ``slurmfork clean`` is run at the end.
     ``excuses`` are checks that cannot hold: ``unverified`` (a node could not be asked), ``silent`` (nobody was left to
     say how many survived), ``intent`` (one without a start), ``journal``, ``scratch`` (node-local directories).
-    ``core``: pairs are made of these. ``named``: only when asked for by name.
+    ``core``: pairs are made of these. ``named``: only when asked for by name. ``lacks``: why this machine does not
+    let one do it; empty where it does.
     """
 
     name: str
@@ -50,6 +56,7 @@ class Fault:
     excuses: frozenset[str] = frozenset()
     core: bool = False
     named: bool = False
+    lacks: Callable[[], str] = lacks_nothing
 
 
 REGISTRY: dict[str, Fault] = {}

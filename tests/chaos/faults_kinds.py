@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,6 @@ KINDS = [
     ("hidden", 2, "a daemon that closes every descriptor, changes directory and title"),
     ("scrubbed", 2, "a daemon started with `env -i`"),
     ("breeder", 20, f"a worker that starts {worker.PER_SECOND} processes a second"),
-    ("escaped", 2, "a process that left the job's control groups"),
     ("thousand", worker.CHILDREN, f"{worker.CHILDREN} children of one worker"),
 ]
 
@@ -58,6 +58,29 @@ for _kind, _count, _about in KINDS:
         moments=("ready",),
         ends=False,
     )
+
+
+@fault(
+    "worker-escaped",
+    "a process that moved itself out of the job's control groups",
+    prepare=_with("escaped"),
+    moments=("ready",),
+    ends=False,
+)
+def escaped(trial: Trial) -> None:
+    """There is something to leave only where Slurm has put the job into control groups."""
+    _await("escaped", 2)(trial)
+    those = [line.who.pid for line in trial.sight.leaders() if line.name.startswith("escaped/")]
+    left = [_groups(sight.parent(pid)) - _groups(pid) for pid in those]
+    trial.note(f"it left {', '.join(sorted(left[0])) or 'none: it was in none'}" if left else "it is gone already")
+    if left and not left[0] and trial.stage.proctrack == "cgroup" and trial.stage.backend == "slurm":
+        raise stage.Broken("the process could not leave its control groups")
+
+
+def _groups(pid: int) -> set[str]:
+    """The control groups of Slurm's that a process is in."""
+    lines = [line.split(":", 2) for line in sight.read(pid, "cgroup").decode().splitlines()]
+    return {f"{names or 'cgroup2'} job_{path.rpartition('/job_')[2]}" for _, names, path in lines if "/job_" in path}
 
 
 def _with_instant(trial: Trial) -> None:
@@ -106,9 +129,9 @@ def keepers_and_tag_gone(trial: Trial) -> None:
 # --- reused PIDs
 
 
-def can_force_pids() -> bool:
-    """Whether the next PID of this machine may be chosen."""
-    return os.access(LAST_PID, os.W_OK) and os.geteuid() == 0
+def _cannot_choose() -> str:
+    may = os.access(LAST_PID, os.W_OK) and os.geteuid() == 0
+    return "" if may else "it needs root, where the next PID may be chosen"
 
 
 @fault(
@@ -117,13 +140,11 @@ def can_force_pids() -> bool:
     moments=LATER,
     cleans=True,
     ends=False,
+    lacks=_cannot_choose,
     excuses="unverified intent",
 )
 def pid_reuse(trial: Trial) -> None:
     """Workers end, some unseen by their agent, who is killed with its guardian before; others get their PIDs."""
-    if not can_force_pids():
-        trial.note("not forced: the machine lets nobody choose PIDs")
-        return
     doomed = [line.who for line in trial.sight.leaders()][:8]
     if trial.dice.random() < 0.7:
         above = [*trial.find("agent"), *trial.find("guardian")]
@@ -131,14 +152,16 @@ def pid_reuse(trial: Trial) -> None:
             sight.signal_one(one, signal.SIGSTOP)
         trial.kill(*above)
     trial.kill(*trial.sight.workers())
-    taken = [one for one in doomed if _occupy(trial, one.pid)]
+    taken = [one for one in doomed if _occupy(trial, one)]
     trial.note(f"{len(taken)} of {len(doomed)} PIDs reused")
 
 
-def _occupy(trial: Trial, pid: int) -> bool:
-    """Have an innocent with this PID, once it is free; False where somebody else was quicker."""
-    argv = specs.command("plain", trial.stage.directory / "decoys", "first/0")
-    for _ in range(400):
+def _occupy(trial: Trial, doomed: Who) -> bool:
+    """Have an innocent with this PID, once it is free; False where somebody else was quicker, a new worker perhaps."""
+    pid = doomed.pid
+    argv = specs.command("plain", trial.stage.directory / "decoys", "first/0", str(stage.FOREVER))
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
         LAST_PID.write_text(str(pid - 1))
         child = os.fork()
         if child == 0:
@@ -147,14 +170,10 @@ def _occupy(trial: Trial, pid: int) -> bool:
             trial.adopt(f"an innocent with the PID {pid} of a worker", child)
             return True
         os.waitpid(child, 0)
-        if sight.read(pid, "stat") and not _ours(pid, trial):
+        if sight.who(pid) not in (None, doomed):
             return False
         stage.pause(0.005)
     return False
-
-
-def _ours(pid: int, trial: Trial) -> bool:
-    return any(one.pid == pid for one in trial.sight.workers()) or sight.state(pid) == "Z"
 
 
 def _become(argv: list[str], pid: int) -> None:

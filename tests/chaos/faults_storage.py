@@ -31,6 +31,10 @@ def rundir_deleted(trial: Trial) -> None:
     shutil.rmtree(trial.rundir, ignore_errors=True)  # what was written meanwhile
 
 
+def _cannot_mount() -> str:
+    return "" if os.geteuid() == 0 else "it needs root, to mount a file system"
+
+
 def _mount(trial: Trial, *argv: str) -> None:
     trial.root.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(["mount", *argv, str(trial.root)], capture_output=True, text=True, check=False)
@@ -59,6 +63,7 @@ def _empty(trial: Trial) -> None:
     finish=_empty,
     moments=MOMENTS,
     ends=False,
+    lacks=_cannot_mount,
     excuses="silent journal intent",
 )
 def disk_full(trial: Trial) -> None:
@@ -94,6 +99,7 @@ def _image(trial: Trial) -> None:
     prepare=_image,
     moments=MOMENTS,
     ends=False,
+    lacks=_cannot_mount,
     excuses="silent journal intent",
 )
 def disk_read_only(trial: Trial) -> None:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from chaos import faults_kinds, faults_slurm, faults_steps, faults_storage, table
+from chaos import batch, faults_kinds, faults_slurm, faults_steps, faults_storage, faults_time, table
+from chaos.batch import Plan
 from chaos.faults import BOTH, REGISTRY, TRACKERS, Fault
-from chaos.stage import Broken, Stage
-from chaos.trial import Result, Trial
+from chaos.result import Batch, Result, circumstances, load, save
+from chaos.stage import Broken
 
-ROOMS = (faults_kinds, faults_slurm, faults_steps, faults_storage)  # importing them fills the registry
+# Importing them fills the registry.
+ROOMS = (faults_kinds, faults_slurm, faults_steps, faults_storage, faults_time)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,8 +34,10 @@ def parser() -> argparse.ArgumentParser:
     add("--proctrack", choices=TRACKERS, default=TRACKERS[0], help="how Slurm knows a job's processes")
     add("--fault", nargs="+", action="extend", metavar="NAME", help="only these; --list names them")
     add("--pairs", action="store_true", help="two faults a trial, of those that --list marks")
-    add("--table", type=Path, metavar="FILE", help="merge the rows into this page, as docs/faults.md")
-    add("--json", type=Path, metavar="FILE", help="all that was found out, for programs")
+    add("--jobs", type=int, default=1, metavar="N", help="trials side by side, each job with a cluster of its own")
+    add("--results", type=Path, metavar="FILE", help="add what was found to this file, after each trial")
+    add("--table", type=Path, metavar="FILE", help="write the page docs/faults.md, of this batch or of those of --from")
+    add("--from", type=Path, nargs="+", dest="sources", metavar="FILE", help="run nothing: results of earlier batches")
     add("--minutes", type=float, metavar="M", help="begin no further trial after so long")
     add("--keep", action="store_true", help="keep the directories of trials that went well, too")
     add("--list", action="store_true", help="say what faults there are")
@@ -46,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def show_list() -> None:
     for one in REGISTRY.values():
         marks = ["pairs"] * one.core + ["only by name"] * one.named + [one.backends[0]] * (len(one.backends) == 1)
+        if lacks := one.lacks():
+            marks.append(f"not here: {lacks}")
         print(f"{one.name:<24} {one.about}" + (f"  ({', '.join(marks)})" if marks else ""))
 
 
@@ -57,12 +60,18 @@ def chosen(asked: argparse.Namespace) -> list[list[Fault]]:
     apply = [one for one in REGISTRY.values() if asked.backend in one.backends]
     if asked.fault:
         apply = [one for one in apply if one.name in asked.fault]
+        if lacking := [f"{one.name}: {one.lacks()}" for one in apply if one.lacks()]:
+            raise Broken("; ".join(lacking))
     else:
-        apply = [one for one in apply if not one.named]
-    if not asked.pairs:
-        return [[one] for one in apply]
-    core = [one for one in apply if one.core]
-    return [[one, other] for one in core for other in core if one is not other]
+        apply = [one for one in apply if not one.named and not one.lacks()]
+    if asked.pairs:
+        core = [one for one in apply if one.core]
+        found = [[one, other] for one in core for other in core if one is not other]
+    else:
+        found = [[one] for one in apply]
+    if not found:
+        raise Broken("none of these faults applies to this backend")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,61 +80,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.list:
         show_list()
         return 0
-    signal.signal(signal.SIGTERM, _leave)
-    directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     try:
-        choice = chosen(asked)
-        if not choice:
-            raise Broken("none of these faults applies to this backend")
-        proctrack = asked.proctrack if asked.backend == "slurm" else "-"
-        with Stage(directory, asked.backend, asked.proctrack).up() as stage:
-            results = trials(asked, stage, choice)
-    except Broken as error:
+        batches = read(asked.sources) if asked.sources else [perform(asked)]
+    except (Broken, ValueError, OSError) as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
+    print(f"\n{table.shown(table.rows(batches))}\n")
+    if asked.table:
+        asked.table.write_text(table.page(batches))
+    return conclude(batches)
+
+
+def read(sources: Sequence[Path]) -> list[Batch]:
+    return [one for path in dict.fromkeys(path.resolve() for path in sources) for one in load(path)]
+
+
+def perform(asked: argparse.Namespace) -> Batch:
+    """Run the trials, and tell and keep each as it comes."""
+    signal.signal(signal.SIGTERM, batch.leave)
+    choice = chosen(asked)
+    earlier = load(asked.results) if asked.results and asked.results.exists() else []
+    proctrack = asked.proctrack if asked.backend == "slurm" else "-"
+    found = Batch(asked.backend, proctrack, circumstances(asked.backend, options(asked)))
+    directory = Path(tempfile.mkdtemp(prefix="chaos-"))
+    plan = Plan(
+        backend=asked.backend,
+        proctrack=asked.proctrack,
+        choice=choice,
+        seeds=range(asked.seed, asked.seed + asked.trials),
+        directory=directory,
+        until=time.monotonic() + 60 * asked.minutes if asked.minutes else float("inf"),
+        keep=asked.keep,
+    )
+    try:
+        for result in batch.run(plan, asked.jobs):
+            show(result, plan.trial_directory(result.seed))
+            found.results.append(result)
+            if asked.results:
+                save(asked.results, [*earlier, found])
+    except KeyboardInterrupt:
+        print("interrupted")
     finally:
         if not any(directory.glob("trial-*")):
             shutil.rmtree(directory, ignore_errors=True)
-    return conclude(asked, results, proctrack)
+    if left_out := asked.trials - len(found.results):
+        print(f"{left_out} trials are left out")
+    return found
 
 
-def _leave(*_: object) -> None:
-    """Clear the stage, once: `timeout` sends its signal twice."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def trials(asked: argparse.Namespace, stage: Stage, choice: list[list[Fault]]) -> list[Result]:
-    results: list[Result] = []
-    end = time.monotonic() + 60 * asked.minutes if asked.minutes else float("inf")
-    for seed in range(asked.seed, asked.seed + asked.trials):
-        if time.monotonic() > end:
-            print(f"{asked.minutes:g} minutes are over: {asked.trials - len(results)} trials are left out")
-            break
-        directory = stage.directory / f"trial-{seed}"
-        trial = Trial(stage, directory, seed, choice[seed % len(choice)])
-        try:
-            result = trial.run()
-        except KeyboardInterrupt:
-            print(f"interrupted in seed {seed}")
-            trial.tidy()
-            break
-        except Exception:
-            result = trial.result
-            result.failures.append(f"fault in the checker: {traceback.format_exc()}")
-        show(result, directory)
-        results.append(result)
-        if result.ok and not asked.keep:
-            shutil.rmtree(directory, ignore_errors=True)
-    return results
+def options(asked: argparse.Namespace) -> str:
+    """Those that say what the trials were, as they may be given again."""
+    words = [f"--trials {asked.trials} --seed {asked.seed}"]
+    words += [f"--fault {' '.join(asked.fault)}"] * bool(asked.fault) + ["--pairs"] * asked.pairs
+    return " ".join([*words, f"--jobs {asked.jobs}"])
 
 
 def show(one: Result, directory: Path) -> None:
     took = "" if one.seconds is None else f"none left after {one.seconds:.2f} s"
     verdict = "ok" if one.ok else "FAILED"
     print(f"seed {one.seed:<6} {one.fault:<24} {one.moment:<9} {took:<26} {verdict}", flush=True)
-    parts = [("left", one.survivors), ("hit", one.innocents), ("failed", one.failures), ("note", one.notes)]
-    for word, lines in [*parts, ("before clean", one.cleaned)]:
+    parts = [("left", one.counted), ("hit", one.innocents), ("failed", one.failures), ("note", one.notes)]
+    for word, lines in [*parts, ("before clean", one.left if one.due else [])]:
         for line in lines[:8]:
             print(f"    {word}: {line}")
         if len(lines) > 8:
@@ -134,19 +149,8 @@ def show(one: Result, directory: Path) -> None:
         print(f"    of {one.what}; kept in {directory}", flush=True)
 
 
-def conclude(asked: argparse.Namespace, results: list[Result], proctrack: str) -> int:
-    found = table.rows(results, asked.backend, proctrack)
-    print(f"\n{table.shown(found)}\n")
-    if asked.table:
-        table.merge(asked.table, found)
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
-    place = asked.backend + (f" with proctrack/{proctrack}" if asked.backend == "slurm" else "")
-    left, hit = (sum(len(getattr(one, part)) for one in results) for part in ("survivors", "innocents"))
-    words = table.summary(len(results), place, left, hit)
-    failed = [one for one in results if not one.ok]
-    if failed:
-        print(f"{words}; failed: {' '.join(f'{one.seed} ({one.fault})' for one in failed)}")
-        return 1
-    print(words)
-    return 0
+def conclude(batches: Sequence[Batch]) -> int:
+    """Print the verdict on each place."""
+    lines, failed = table.verdicts(batches)
+    print("\n".join(lines) if lines else "no trials")
+    return 1 if failed else 0

@@ -26,6 +26,7 @@ class Draft:
     nodes: int
     roles: dict[str, dict[str, Any]] = field(default_factory=dict)
     slurm: dict[str, Any] = field(default_factory=dict)
+    setup: str = ""
 
     def role(self, name: str, kind: str, **more: Any) -> None:
         self.roles[name] = {"command": command(kind, self.place, "{worker}"), **more}
@@ -35,6 +36,7 @@ class Draft:
         spec = {
             "name": self.name,
             "nodes": self.nodes,
+            **({"setup": self.setup} if self.setup else {}),
             "local": {"gpus-per-node": 4},
             "slurm": {"gpus-per-node": 4, "time": "00:30:00", **self.slurm},
             "roles": self.roles,

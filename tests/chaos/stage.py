@@ -124,7 +124,8 @@ class Stage:
     def shell(self, directory: Path) -> Shell:
         """A user's shell with a root of its own."""
         directory.mkdir(parents=True, exist_ok=True)
-        return Shell(directory, {"SLURM_CONF": self.conf} if self.conf else {})
+        conf = {"SLURM_CONF": self.conf} if self.conf else {}
+        return Shell(directory, {**conf, "PYTHONFAULTHANDLER": "1"})  # who is aborted says where it was
 
     def node(self, number: int) -> str:
         return f"{self.prefix}{number}" if self.backend == "slurm" else f"local{number - 1}"
@@ -133,7 +134,7 @@ class Stage:
 
     def _bring_up(self) -> None:
         # Other clusters on this machine number their jobs from 1: ours are not to be taken for theirs.
-        first = f"FirstJobId={100_000 + os.getpid()}"
+        first = f"FirstJobId={100_000 + 1000 * (os.getpid() % 60_000)}"
         shape = ["--nodes", str(NODES), "--gpus", str(GPUS), "--proctrack", self.proctrack, "--set", first]
         self._minicluster("up", *shape)
         self.conf = json.loads(self._minicluster("status", "--json"))["conf"]

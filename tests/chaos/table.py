@@ -1,4 +1,4 @@
-"""The table by fault: of one call on the terminal, of several calls in one page of the documentation."""
+"""The table by fault: on the terminal, and as a page of the documentation, from the results of any batches."""
 
 from __future__ import annotations
 
@@ -6,77 +6,112 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from chaos.faults import BOTH, REGISTRY, TRACKERS
-from chaos.trial import Result
+from chaos.result import Batch, Result
 
-BEGIN, END = "<!-- begin: scripts/chaos --table -->", "<!-- end -->"
-HEADINGS = ("fault", "backend", "proctrack", "trials", "survivors", "innocents hit", "by `clean`", "median", "worst")
+HEADINGS = (
+    "fault",
+    "backend",
+    "proctrack",
+    "trials",
+    "before clean",
+    "after clean",
+    "innocents hit",
+    "median",
+    "worst",
+)
 PAIRS = "pairs: "
+MISSED = "came too late"
 
 INTRO = """# Faults
 
-What was done to runs, and what was left of them. This page is made by `scripts/chaos --table docs/faults.md`, one call
-for each backend and process tracker of Slurm; `scripts/chaos --list` names the faults.
+What was done to runs, and what was left of them. This page is made by a script, from the results of batches of trials:
+
+    scripts/chaos --backend slurm --proctrack cgroup --trials 170 --jobs 3 --results cgroup.json
+    scripts/chaos --table docs/faults.md --from cgroup.json ...
 
 Each trial makes a random run of one to three nodes, some of whose workers are awkward (they ignore SIGTERM, are
 stopped, daemonize, scrub their environment, close every descriptor, start fifty processes a second), strikes at a
 random moment (while it starts, during a fork, when it is ready, during a cancel), and lets it come to its end; a run
 that the fault does not end is cancelled. Then it looks at the machine with eyes of its own: each process of a trial
 maps a file that slurmfork knows nothing of, and announces itself. Beside it live a second run of the same user and
-processes that look like a run's; one of them gone or stopped is an innocent hit.
+processes that look like a run's; one of them gone or stopped is an innocent hit. A trial also holds the run's status
+and journal to what was really there. Everything is real: processes, Slurm, file systems; all nodes are on one machine.
 
-- *survivors*: processes of the run that were left when all was over, `slurmfork clean` included where it was needed.
-- *by `clean`*: trials in which something was left until `slurmfork clean RUN` ended it. That is for faults against
-  which nothing on the node can help by itself, as guardian and agent killed in one moment where Slurm has no cgroup.
+- *before clean*: processes of the run that were left when all was over, and nobody had cleaned up after it.
+- *after clean*: those of them that `slurmfork clean RUN` left, too.
 - *median*, *worst*: seconds from the fault, or from the cancel that followed it, until none of the workers' processes
   was left; grace times of 0.2 to 1.5 s are in it.
 - *proctrack*: how Slurm knows a job's processes; `-` on the local backend.
+- *pairs*: the fault, and up to a second later another one.
+- *came too late*: whom the fault was for had ended before it struck.
+"""
+
+LIMITS = """## Where nothing can be promised without `clean`
+
+Guardian and agent of a node killed in the same instant leave nobody there who watches. With proctrack/cgroup Slurm
+itself then ends all that the job has. With proctrack/linuxproc and pgid, and on the local backend, it is the sweep at
+the end of the run that finds what was left: by the journal, by the run's tag in a process's environment, and by what a
+process still holds of the run. The kernel gives no other mark to go by, so there is no guarantee for a process that
+was started in the last moment before both died, too late for the journal, and that has daemonized, has scrubbed its
+environment, and has closed every descriptor: nothing that is left of it says whose it is. In such a cell *before clean*
+may be more than 0; what counts there is *after clean*. Processes in this table that `clean` could not name either are
+counted there, too, and none is left out.
 """
 
 
 @dataclass
 class Row:
-    """One fault on one backend."""
+    """One fault in one place. ``counted``: processes that should not have been left."""
 
     fault: str
     backend: str
     proctrack: str
     trials: int
-    survivors: int
+    before: int
+    after: int
     innocents: int
-    cleaned: int
     median: str
     worst: str
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.fault, self.backend, self.proctrack
 
     def cells(self) -> list[str]:
         return [str(value) for value in vars(self).values()]
 
 
-def rows(results: Iterable[Result], backend: str, proctrack: str) -> list[Row]:
-    """A row for each fault; pairs are told by their first."""
-    by_fault: dict[str, list[Result]] = {}
-    for one in results:
-        first, _, second = one.fault.partition(" + ")
-        by_fault.setdefault(f"{PAIRS}{first}" if second else first, []).append(one)
-    return [_row(name, found, backend, proctrack) for name, found in by_fault.items()]
+def rows(batches: Iterable[Batch]) -> list[Row]:
+    """A row for each fault and place, in order; pairs are told by their first."""
+    cells: dict[tuple[str, str, str], list[Result]] = {}
+    for batch in batches:
+        for one in batch.results:
+            cells.setdefault((_name(one), batch.backend, batch.proctrack), []).append(one)
+    return [_row(*key, cells[key]) for key in sorted(cells, key=_order)]
 
 
-def _row(name: str, found: Sequence[Result], backend: str, proctrack: str) -> Row:
+def _name(one: Result) -> str:
+    first, _, second = one.fault.partition(" + ")
+    if second:
+        return f"{PAIRS}{first}"
+    return MISSED if one.missed else first
+
+
+def _order(key: tuple[str, str, str]) -> tuple[int, int, int]:
+    faults = [*REGISTRY, *(f"{PAIRS}{name}" for name in REGISTRY)]
+    name, backend, proctrack = key
+    at = faults.index(name) if name in faults else len(faults)
+    return at, BOTH.index(backend), ["-", *TRACKERS].index(proctrack)
+
+
+def _row(name: str, backend: str, proctrack: str, found: Sequence[Result]) -> Row:
     seconds = [one.seconds for one in found if one.seconds is not None]
     return Row(
         fault=name,
         backend=backend,
         proctrack=proctrack,
         trials=len(found),
-        survivors=sum(len(one.survivors) for one in found),
+        before=sum(len(one.left) for one in found),
+        after=sum(len(one.survivors) for one in found),
         innocents=sum(len(one.innocents) for one in found),
-        cleaned=sum(bool(one.cleaned) for one in found),
         median=f"{statistics.median(seconds):.2f}" if seconds else "-",
         worst=f"{max(seconds):.2f}" if seconds else "-",
     )
@@ -89,53 +124,82 @@ def shown(table: Sequence[Row]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def merge(page: Path, new: Sequence[Row]) -> None:
-    """Lay these rows over those of the page, which is made if it is not there."""
-    table = {row.key: row for row in _read(page)}
-    table.update({row.key: row for row in new})
-    faults = [*REGISTRY, *(f"{PAIRS}{name}" for name in REGISTRY)]
-    backends, trackers = list(BOTH), ["-", *TRACKERS]
+def verdicts(batches: Sequence[Batch]) -> tuple[list[str], bool]:
+    """A line for each place, and at the end one for each backend; whether anything did not hold."""
+    places = dict.fromkeys(batch.place for batch in batches)
+    lines = [_verdict(place, [one for one in batches if one.place == place]) for place in places]
+    for backend in BOTH:
+        those = [one for one in batches if one.backend == backend]
+        if len({one.place for one in those}) > 1:
+            lines.append(_verdict(backend, those))
+    return lines, any(not one.ok for batch in batches for one in batch.results)
 
-    def order(row: Row) -> tuple[int, int, int]:
-        at = faults.index(row.fault) if row.fault in faults else len(faults)
-        return at, backends.index(row.backend), trackers.index(row.proctrack)
 
-    lines = [_line(HEADINGS), _line(["---"] * len(HEADINGS))]
-    lines += [_line(row.cells()) for row in sorted(table.values(), key=order)]
-    about = [f"- `{one.name}`: {one.about}" for one in REGISTRY.values() if any(one.name in key[0] for key in table)]
-    parts = [INTRO, BEGIN, "\n".join(lines), "", _totals(list(table.values())), END, "## The faults\n", *about]
-    page.write_text("\n".join(parts) + "\n")
+def _verdict(place: str, batches: Sequence[Batch]) -> str:
+    results = [one for batch in batches for one in batch.results]
+    trials = f"{len(results)} {'trial' if len(results) == 1 else 'trials'}"
+    left, hit = sum(len(one.counted) for one in results), sum(len(one.innocents) for one in results)
+    words = f"{trials} on {place}: {f'{left} processes' if left else 'nothing'} left, "
+    words += f"{hit} innocents hit" if hit else "nobody hit"
+    if cleaned := sum(bool(one.left) for one in results if one.due):
+        words += f"; {cleaned} needed `slurmfork clean`"
+    if failed := [f"{one.seed} ({one.fault})" for one in results if not one.ok]:
+        words += f"; failed: {', '.join(failed)}"
+    return words
+
+
+# --- the page
+
+
+def page(batches: Sequence[Batch]) -> str:
+    """All of docs/faults.md."""
+    found = rows(batches)
+    names = {row.fault.removeprefix(PAIRS) for row in found}
+    lines = [_line(HEADINGS), _line(["---"] * len(HEADINGS)), *(_line(row.cells()) for row in found)]
+    about = [f"- `{one.name}`: {one.about}" for one in REGISTRY.values() if one.name in names]
+    made = [f"- {_made(batch)}" for batch in batches]
+    parts = [
+        INTRO,
+        *lines,
+        "",
+        LIMITS,
+        "## What did not hold\n",
+        *(_failures(batches) or ["Nothing: every trial passed every check."]),
+        "\n## The faults\n",
+        *about,
+        "\n## How this was made\n",
+        *made,
+        "\n## In all\n",
+        *(f"- {line}" for line in verdicts(batches)[0]),
+    ]
+    return "\n".join(parts) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _totals(table: list[Row]) -> str:
+def _made(batch: Batch) -> str:
+    how = batch.how
+    machine = [how["kernel"], how["slurm"], f"Python {how['python']}", f"{how['cpus']} CPUs"]
+    return (
+        f"{batch.place}, `{how['options']}`: {len(batch.results)} trials of slurmfork {how['version']} "
+        f"(commit {how['commit']}), begun {how['began']}; {', '.join(filter(None, machine))}"
+    )
+
+
+def _failures(batches: Sequence[Batch]) -> list[str]:
     lines = []
-    for backend in BOTH:
-        those = [row for row in table if row.backend == backend]
-        if those:
-            trials, left = sum(row.trials for row in those), sum(row.survivors for row in those)
-            lines.append(f"- {summary(trials, backend, left, sum(row.innocents for row in those))}")
-    return "\n".join(lines)
+    for batch in batches:
+        for one in batch.results:
+            if not one.ok:
+                words = [f"{len(one.counted)} processes left"] * bool(one.counted)
+                words += [f"hit: {each}" for each in one.innocents] + one.failures
+                lines.append(f"- {batch.place}, seed {one.seed}, {one.fault}: {_plain('; '.join(words))}")
+    return lines
 
 
-def summary(trials: int, place: str, survivors: int, innocents: int) -> str:
-    left = f"{survivors} processes left" if survivors else "nothing left"
-    hit = f"{innocents} innocents hit" if innocents else "nobody hit"
-    return f"{trials} {'trial' if trials == 1 else 'trials'} on {place}: {left}, {hit}"
-
-
-def _read(page: Path) -> list[Row]:
-    if not page.exists():
-        return []
-    body = page.read_text().partition(BEGIN)[2].partition(END)[0]
-    found = []
-    for line in body.splitlines():
-        cells = re.findall(r"[^|]+", line)
-        cells = [cell.strip() for cell in cells]
-        if len(cells) == len(HEADINGS) and cells[3].isdigit():
-            numbers = map(int, cells[3:7])
-            found.append(Row(cells[0], cells[1], cells[2], *numbers, cells[7], cells[8]))
-    return found
+def _plain(text: str) -> str:
+    """One short line, with no directory of the machine that it was seen on."""
+    line = " ".join(re.sub(r"(?:/[\w.+-]+)+/", "", text).split())
+    return line if len(line) <= 400 else f"{line[:400]} ..."

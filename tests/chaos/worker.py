@@ -186,9 +186,10 @@ def loader() -> None:
 
 def escaped() -> None:
     """Leaves the control groups that Slurm put it into, where it may, with a daemon of its own."""
-    for hierarchy in sorted(os.listdir(CGROUPS)) if os.path.isdir(CGROUPS) else []:
+    hierarchies = sorted(os.listdir(CGROUPS)) if os.path.isdir(CGROUPS) else []
+    for group in [CGROUPS, *(f"{CGROUPS}/{hierarchy}" for hierarchy in hierarchies)]:
         try:
-            with open(f"{CGROUPS}/{hierarchy}/cgroup.procs", "w") as file:
+            with open(f"{group}/cgroup.procs", "w") as file:
                 file.write(str(os.getpid()))
         except OSError:
             continue

@@ -1,0 +1,38 @@
+"""The parts of a run: which processes are its agents, guardians, head, launcher, batch script."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chaos import sight
+from chaos.sight import Who
+
+COMMS = {"guardian": b"slurmfork-guard\n", "agent": b"slurmfork-agent\n"}
+MARKS = {"head": b"head/__main__.py", "launcher": b"backends/local_nodes.py", "batch": b"/batch.sh\0"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Those of one run. ``job_id``: on Slurm."""
+
+    run_id: str
+    backend: str
+    job_id: str
+
+    def find(self, part: str) -> list[Who]:
+        """All that are this part; of a shell that has forked for a moment, the first."""
+        found = [one for pid in sight.pids() if self._is(pid, part) and (one := sight.who(pid))]
+        return [one for one in found if not self._is(sight.parent(one.pid), part)]
+
+    def _is(self, pid: int, part: str) -> bool:
+        if part in COMMS:
+            return sight.read(pid, "comm") == COMMS[part] and sight.carries(pid, self.run_id)
+        words = sight.read(pid, "cmdline")
+        if self.backend == "slurm" and part == "launcher":
+            return sight.read(pid, "comm") == b"srun\n" and sight.carries(pid, self.run_id)
+        if self.backend == "slurm" and part == "batch":
+            job = f"SLURM_JOB_ID={self.job_id}\0".encode()
+            return words.startswith(b"/bin/bash\0") and b"slurm_script" in words and job in sight.read(pid, "environ")
+        if part == "launcher":
+            return MARKS[part] in b"".join(words.split(b"\0")[2:3]) and sight.carries(pid, self.run_id)
+        return MARKS[part] in words and f"/{self.run_id}".encode() in words
