@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -74,6 +75,7 @@ class Ending:
         self._main = next((name for name, role in spec.roles.items() if role.main), None)
         self.warning = EndWarning(spec, workers, os.environ, self._at_limit)
         self._held: dict[str, asyncio.TimerHandle] = {}
+        self._deadline = math.inf  # of the event loop's time, by which all has to be over
 
     def decide(self, verdict: Verdict) -> None:
         """Say how the run ends; only the first word counts."""
@@ -84,7 +86,8 @@ class Ending:
     # --- what ends a run
 
     def told(self, by: str, budget: float) -> None:
-        """Slurm, or somebody by signal, ends the job."""
+        """Slurm, or somebody by signal, ends the job; an end that is under way has no more time than that either."""
+        self._limit(budget)
         state = RunState.TIMEOUT if self.warning.time_limit else RunState.CANCELLED
         reason = "the time limit was reached" if self.warning.time_limit else f"ended from outside ({by})"
         for name in self._held:  # they did not fail: the same signal reached them first
@@ -157,16 +160,17 @@ class Ending:
         verdict = await self.decided
         for hold in self._held.values():
             hold.cancel()
-        deadline = None if verdict.budget is None else asyncio.get_running_loop().time() + verdict.budget
+        if verdict.budget is not None:
+            self._limit(verdict.budget)
         missing = self._members.close()
         survivors, silent = await self._end_agents(verdict.budget)
-        left, unverified = await self._sweep(silent, deadline)
+        left, unverified = await self._sweep(silent)
         survivors += left
         if verdict.lost in unverified:  # it is not the agent alone that is gone
             reason = f"node {verdict.lost} was lost: its agent is gone, and nothing can be run there"
             verdict = replace(verdict, state=RunState.NODE_FAIL, reason=reason)
-        if not await self._launcher_gone(deadline) and missing:
-            left, unknown = await self._sweep_absent(missing, deadline)
+        if not await self._launcher_gone() and missing:
+            left, unknown = await self._sweep_absent(missing)
             survivors, unverified = survivors + left, unverified + unknown
         requeued = verdict.requeue and await self._requeue()
         record = EndRecord(
@@ -239,25 +243,25 @@ class Ending:
         except RunDirError as error:
             log.error("the end could not be recorded: %s", error)
 
-    async def _sweep(self, nodes: list[str], deadline: float | None) -> tuple[list[str], list[str]]:
+    async def _sweep(self, nodes: list[str]) -> tuple[list[str], list[str]]:
         """Sweep nodes whose agents did not answer; (descriptions of survivors, nodes where that was not possible)."""
-        found = await self._sweeper.sweep(nodes, _patience(PATIENCE_S, deadline))
+        found = await self._sweeper.sweep(nodes, self._patience(PATIENCE_S))
         survivors = [f"{node}: {line}" for node, lines in found.items() for line in lines or ()]
         return survivors, [node for node, lines in found.items() if lines is None]
 
-    async def _sweep_absent(self, missing: int, deadline: float | None) -> tuple[list[str], list[str]]:
+    async def _sweep_absent(self, missing: int) -> tuple[list[str], list[str]]:
         """As ``_sweep``, for nodes whose agents never joined, and may have come since."""
         nodes = self._members.absent()
         if len(nodes) < missing:  # their names are not known
             return [], [f"{missing} nodes whose agents never joined"]
-        return await self._sweep(nodes, deadline)
+        return await self._sweep(nodes)
 
-    async def _launcher_gone(self, deadline: float | None) -> bool:
+    async def _launcher_gone(self) -> bool:
         """Whether the launcher has ended in order, as it does when the last guardian has; bounded.
 
         One that a signal ended proves nothing: what it had started may still be on its way.
         """
-        patience = _patience(LAUNCHER_PATIENCE, deadline)
+        patience = self._patience(LAUNCHER_PATIENCE)
         try:
             await asyncio.wait_for(asyncio.shield(self._launcher.ended), patience)
         except asyncio.TimeoutError:
@@ -265,7 +269,10 @@ class Ending:
             return False
         return self._launcher.orderly
 
+    def _limit(self, budget: float) -> None:
+        """Have all be over in so many seconds, or as soon as was to be before."""
+        self._deadline = min(self._deadline, asyncio.get_running_loop().time() + budget)
 
-def _patience(most: float, deadline: float | None) -> float:
-    """Seconds to wait, ``most`` at most, for something that is to be over at ``deadline`` (None: there is none)."""
-    return most if deadline is None else max(LEAST_PATIENCE, min(most, deadline - asyncio.get_running_loop().time()))
+    def _patience(self, most: float) -> float:
+        """Seconds to wait for something, ``most`` at most, and no longer than all may take."""
+        return max(LEAST_PATIENCE, min(most, self._deadline - asyncio.get_running_loop().time()))
