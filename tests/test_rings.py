@@ -95,8 +95,8 @@ def test_the_agent_stops_a_daemon_that_shed_everything_while_the_run_goes_on(loc
 
 
 def test_the_journal_knows_a_worker_that_carries_no_tag(local: Shell, yard: Yard) -> None:
-    """Guardian and agent are killed at one blow, so nothing leads to it but its record."""
-    run_id = begin(local, yard, f"exec env -i {awkward(yard, 'plain', 'bare')}")
+    """Guardian and agent are killed at one blow, and it has no log, so nothing leads to it but its record."""
+    run_id = begin(local, yard, f"exec env -i {awkward(yard, 'plain', 'bare')} {SHED}")
     one = yard.await_one("bare")
     assert not carries_tag(one)
     kill_at_once(*keepers(local, run_id))
@@ -105,7 +105,7 @@ def test_the_journal_knows_a_worker_that_carries_no_tag(local: Shell, yard: Yard
 
 def test_the_tag_finds_what_nobody_has_seen(local: Shell, yard: Yard) -> None:
     """A daemon that was born when the agent could not look any more, of a worker that is dead itself."""
-    run_id = begin(local, yard, f"{waits(yard)}; exec {awkward(yard, 'daemon', 'late')}")
+    run_id = begin(local, yard, f"{waits(yard)}; exec {awkward(yard, 'daemon', 'late')} {SHED}")
     guardian, agent = keepers(local, run_id)
     freeze(guardian, agent)
     go(yard)

@@ -131,7 +131,7 @@ def perform(asked: argparse.Namespace) -> Batch:
 def options(asked: argparse.Namespace) -> str:
     """Those that say what the trials were, as they may be given again."""
     words = [f"--trials {asked.trials} --seed {asked.seed}"]
-    words += [f"--fault {' '.join(asked.fault)}"] * bool(asked.fault) + ["--pairs"] * asked.pairs
+    words += [f"--fault {' '.join(asked.fault or ())}"] * bool(asked.fault) + ["--pairs"] * asked.pairs
     return " ".join([*words, f"--jobs {asked.jobs}"])
 
 
