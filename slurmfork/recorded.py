@@ -28,6 +28,16 @@ class Recorded(Struct, kw_only=True):
     notes: list[str] = field(default_factory=list)
     uncertain: str = ""  # why something that is not in it may have been started all the same
 
+    @property
+    def last(self) -> Started | None:
+        """The last start that is recorded."""
+        return max(self.starts.values(), key=lambda start: start.time, default=None)
+
+    def begun(self, worker: str) -> float:
+        """When the last start of a worker was recorded, in seconds since the epoch."""
+        records = (self.starts.get(worker), self.intents.get(worker))
+        return max((record.time for record in records if record), default=0.0)
+
     def pids(self) -> set[int]:
         """All PIDs that it names."""
         return {start.pid for start in self.starts.values()} | {one.pid for some in self.seen.values() for one in some}
