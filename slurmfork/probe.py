@@ -19,6 +19,7 @@ from slurmfork.process import Identity
 from slurmfork.recorded import Recorded
 
 AGENT, GUARDIAN = "slurmfork-agent", "slurmfork-guard"  # as they call themselves
+RECORDED = "its end is recorded"
 SHOWN = 5  # PIDs in a sentence
 
 
@@ -99,7 +100,7 @@ def _judge(worker: str, recorded: Recorded, look: Look | None, why: str) -> Work
     end = recorded.ends.get((start.start_id, start.pid))
     if end is not None:
         status = "" if end.exit_status is None else f": exit status {end.exit_status}"
-        verdict, reason = Verdict.GONE, f"its end is recorded{status}"
+        verdict, reason = Verdict.GONE, f"{RECORDED}{status}"
     elif look is None:
         verdict, reason = Verdict.UNKNOWN, why
     else:
