@@ -30,8 +30,15 @@ above() {
     chain="$chain $child"
   done
 }
+having() {
+  if printf x | grep -qz x; then
+    printf '%s\n' /proc/[0-9]*/environ | xargs grep -lszxF "$tag"
+  else
+    for file in /proc/[0-9]*/environ; do tr '\000' '\n' <"$file" | grep -qxF "$tag" && printf '%s\n' "$file"; done
+  fi
+}
 tagged() {
-  for file in $(printf '%s\n' /proc/[0-9]*/environ | xargs grep -lsF "$tag"); do
+  for file in $(having); do
     pid=${file#/proc/} pid=${pid%/environ}
     case " $pids " in *" $pid "*) continue ;; esac
     tr '\000\n' '\n ' <"$file" | grep -E '^(SLURMFORK_(RUN_ID|NODE|WORKER)|SLURMD_NODENAME|SLURM_JOB_ID)=' |

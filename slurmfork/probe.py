@@ -19,7 +19,6 @@ from slurmfork.process import Identity
 from slurmfork.recorded import Recorded
 
 AGENT, GUARDIAN = "slurmfork-agent", "slurmfork-guard"  # as they call themselves
-RECORDED = "its end is recorded"
 SHOWN = 5  # PIDs in a sentence
 
 
@@ -51,12 +50,16 @@ class NodeProbe(Struct, kw_only=True):
 
 
 class WorkerProbe(Struct, kw_only=True):
-    """What became of the process of a worker that was started last. ``left``: PIDs seen below it that are alive."""
+    """What became of the process of a worker that was started last.
+
+    ``ended``: its agent recorded its end. ``left``: PIDs that were seen below it and are alive.
+    """
 
     worker: str
     node: str
     pid: int | None = None
     verdict: Verdict
+    ended: bool = False
     reason: str = ""
     left: list[int] = field(default_factory=list)
 
@@ -100,7 +103,7 @@ def _judge(worker: str, recorded: Recorded, look: Look | None, why: str) -> Work
     end = recorded.ends.get((start.start_id, start.pid))
     if end is not None:
         status = "" if end.exit_status is None else f": exit status {end.exit_status}"
-        verdict, reason = Verdict.GONE, f"{RECORDED}{status}"
+        verdict, reason = Verdict.GONE, f"its end is recorded{status}"
     elif look is None:
         verdict, reason = Verdict.UNKNOWN, why
     else:
@@ -108,7 +111,9 @@ def _judge(worker: str, recorded: Recorded, look: Look | None, why: str) -> Work
     left = _left(recorded.seen.get(worker, set()), look) if look else []
     if left and verdict is not Verdict.ALIVE:
         reason += f"; {_pids(left)} of its processes {'is' if len(left) == 1 else 'are'} left"
-    return WorkerProbe(worker=worker, node=recorded.node, pid=start.pid, verdict=verdict, reason=reason, left=left)
+    return WorkerProbe(
+        worker=worker, node=recorded.node, pid=start.pid, verdict=verdict, ended=bool(end), reason=reason, left=left
+    )
 
 
 def _of_intent(worker: str, recorded: Recorded, look: Look | None, why: str) -> tuple[Verdict, str]:

@@ -45,7 +45,6 @@ STYLES = {
     "NO": "bold red",
     "SILENT": "bold red",
     "alive": "green",
-    "gone": "red",
     "not ours": "bold red",
 }
 

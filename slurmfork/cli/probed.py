@@ -6,7 +6,7 @@ Exit statuses: 0 where every node answered, whatever it said; 1 where one did no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
@@ -15,9 +15,9 @@ from slurmfork.cli import output
 from slurmfork.cli.options import Seconds
 from slurmfork.errors import UsageError
 from slurmfork.messages import WorkerView
-from slurmfork.names import natural, split_target
+from slurmfork.names import OVER_STATES, natural, split_target
 from slurmfork.observe import RunStatus
-from slurmfork.probe import RECORDED, NodeProbe, Probe, Verdict, WorkerProbe
+from slurmfork.probe import NodeProbe, Probe, Verdict, WorkerProbe
 from slurmfork.run import Run
 
 TIMEOUT_S = 10.0
@@ -93,7 +93,8 @@ def _row(view: WorkerView | None, one: WorkerProbe | None) -> list[object]:
     state = view.state if view else "-"
     verdict = one.verdict if one else "-"
     more = [view.target or "-", view.restarts, output.since(view.started) or "-"] if view else ["-"] * 3
-    reasons = [one.reason if one else "", view.reason if view else ""]
+    expected = one is not None and one.ended and not one.left and view is not None and view.state in OVER_STATES
+    reasons = [one.reason if one and not expected else "", view.reason if view else ""]
     return [worker, node, pid, state, verdict, *more, "; ".join(word for word in reasons if word)]
 
 
@@ -106,13 +107,16 @@ def node_table(found: Probe) -> None:
 
 
 def _node(node: NodeProbe, found: Probe) -> list[object]:
-    own = [one.verdict for one in found.workers if one.node == node.node]
+    own = [one for one in found.workers if one.node == node.node]
     return [node.node, node.via or "NO", f"{node.took:.1f}s", node.agent, _counted(own) or "-", node.reason]
 
 
-def _counted(verdicts: Iterable[Verdict]) -> str:
-    counts = Counter(verdicts)
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
+def _counted(workers: Sequence[WorkerProbe]) -> str:
+    """How many there are of each verdict, those apart that ended as recorded, which nobody has to wonder about."""
+    ended = sum(one.ended and not one.left for one in workers)
+    counts = Counter(one.verdict for one in workers if not one.ended or one.left)
+    words = [f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]]
+    return ", ".join([*words, *([f"{ended} ended"] if ended else [])])
 
 
 def summary(found: Probe, status: RunStatus) -> None:
@@ -122,7 +126,7 @@ def summary(found: Probe, status: RunStatus) -> None:
     how = ", ".join(f"{ways[way]} {word}" if len(ways) > 1 else word for way, word in words.items())
     took = max((node.took for node in found.nodes), default=0.0)
     nodes = output.plural(sum(ways.values()), "node") + (f" ({how})" if how else "")
-    verdicts = _counted(one.verdict for one in found.workers) or "no worker was ever started"
+    verdicts = _counted(found.workers) or "no worker was ever started"
     output.say(f"{nodes} answered within {took:.1f} s: {verdicts}")
     if status.source == "saved":
         output.say(f"the head does not answer: states are as it saw them {output.span(status.age)} ago")
@@ -139,7 +143,7 @@ def tell_strays(found: Probe) -> None:
     """A line for each worker whose process is neither alive nor ended as recorded, if no difference told it."""
     told = {line.partition(":")[0] for line in found.differences}
     for one in found.workers:
-        ended = one.verdict is Verdict.ALIVE or (one.reason.startswith(RECORDED) and not one.left)
+        ended = one.verdict is Verdict.ALIVE or (one.ended and not one.left)
         unasked = any(node.node == one.node for node in found.unanswered)
         if not ended and not unasked and one.worker not in told:
             output.say(f"{one.worker} on {one.node}: {one.verdict}, {output.one_line(one.reason)}")
