@@ -194,18 +194,21 @@ def unrecorded(recorded: Recorded, look: Look, job_id: str | None) -> list[Unrec
 # --- against the head's word
 
 
-def without_record(views: Iterable[WorkerView], every: Mapping[str, Recorded], known: set[str]) -> list[WorkerProbe]:
+def without_record(
+    views: Iterable[WorkerView], every: Mapping[str, tuple[Recorded, Look | None]], known: set[str]
+) -> list[WorkerProbe]:
     """Workers that have a process by the head's word, and none by a journal that is there and whole, or is not."""
     found = []
     for view in views:
         if view.worker in known or view.pid is None or view.node is None:
             continue
-        recorded = every.get(view.node)
+        recorded, look = every.get(view.node, (None, None))
         why = (recorded.uncertain if recorded else "") or f"the journal of {view.node} does not name it"
-        verdict = WorkerProbe(
-            worker=view.worker, node=view.node, pid=view.pid, verdict=Verdict.UNKNOWN, reason=f"not verified: {why}"
-        )
-        found.append(verdict)
+        verdict, reason = Verdict.UNKNOWN, f"not verified: {why}"
+        own = [one.pid for one in _own(view.node, look) if one.environment.get(WORKER) == view.worker] if look else []
+        if view.pid in own:
+            verdict, reason = Verdict.ALIVE, f"{why}, but pid {view.pid} carries its name"
+        found.append(WorkerProbe(worker=view.worker, node=view.node, pid=view.pid, verdict=verdict, reason=reason))
     return found
 
 

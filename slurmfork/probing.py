@@ -173,7 +173,7 @@ class Prober:
                     latest[one.worker] = (rank, one)
             if answer.look is not None:
                 found.unrecorded += probe.unrecorded(answer.recorded, answer.look, job_id)
-        every = {name: answer.recorded for name, answer in answers.items()}
+        every = {name: (answer.recorded, answer.look) for name, answer in answers.items()}
         found.workers = [one for _, one in latest.values()]
         found.workers += probe.without_record(after, every, set(latest))
         found.workers.sort(key=lambda one: natural(one.worker))
