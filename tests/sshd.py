@@ -18,9 +18,12 @@ SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/l
 
 
 class Sshd:
-    """One sshd, for this user, and files for its clients. ``more``: lines for its configuration."""
+    """One sshd, for this user, and files for its clients. ``more``: lines for its configuration.
 
-    def __init__(self, directory: Path, *more: str) -> None:
+    It listens on 127.0.0.1 and on ``address``.
+    """
+
+    def __init__(self, directory: Path, *more: str, address: str = "127.0.0.1") -> None:
         if SSHD is None or shutil.which("ssh") is None:
             if demanded():
                 pytest.fail("there is no sshd here: install openssh-server and openssh-client")
@@ -33,7 +36,7 @@ class Sshd:
         (directory / "authorized").write_text((directory / "user.pub").read_text())
         self.port = free_port()
         lines = [
-            f"ListenAddress 127.0.0.1:{self.port}",
+            *(f"ListenAddress {one}:{self.port}" for one in {"127.0.0.1", address}),
             f"HostKey {directory}/host",
             f"AuthorizedKeysFile {directory}/authorized",
             "PidFile none",
@@ -46,7 +49,7 @@ class Sshd:
         (directory / "sshd_config").write_text("\n".join(lines) + "\n")
         self.known_hosts = directory / "known_hosts"
         key = " ".join((directory / "host.pub").read_text().split()[:2])
-        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {key}\n")
+        self.known_hosts.write_text(f"[127.0.0.1]:{self.port},[{address}]:{self.port} {key}\n")
         self.log = directory / "log"
 
     def config(self, name: str = "ssh_config", *, hosts: dict[str, str] | None = None) -> Path:
