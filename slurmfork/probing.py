@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from threading import BoundedSemaphore
 from typing import NamedTuple
 
@@ -40,6 +41,13 @@ class _Answer(NamedTuple):
     node: NodeProbe
     recorded: Recorded
     look: Look | None
+
+
+class _Budget:
+    """The seconds that a node may still take; waiting for one's turn costs none."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left = seconds
 
 
 class Prober:
@@ -103,10 +111,10 @@ class Prober:
         node = NodeProbe(node=view.node)
         begin = time.monotonic()
         recorded = read_journal(self._rundir, view.node)
-        look: Look | None = None
+        budget, look = _Budget(self._timeout), None
         for _ in range(LOOKS):
             asked = recorded
-            look = self._look(node, view, asked, begin + self._timeout)
+            look = self._look(node, view, asked, budget)
             recorded = read_journal(self._rundir, view.node)
             if look is None or recorded.pids() <= asked.pids():
                 break
@@ -118,7 +126,7 @@ class Prober:
                 node.notes.append("it was not searched to the end for processes that no record names")
         return _Answer(node, recorded, look)
 
-    def _look(self, node: NodeProbe, view: NodeView, recorded: Recorded, until: float) -> Look | None:
+    def _look(self, node: NodeProbe, view: NodeView, recorded: Recorded, budget: _Budget) -> Look | None:
         host = self._backend.host(self._rundir, view.node)
         near = host == os.uname().nodename or (
             recorded.boot_id == boot_id() and (not view.address or reaching.is_own_address(view.address))
@@ -129,9 +137,7 @@ class Prober:
         node.ok, node.via = False, ""
         while ways:
             way = ways.pop(0)
-            left = min(until, self._deadline) - time.monotonic()
-            seconds = left / 2 if ways else left
-            look, reason = self._by(way, recorded, seconds)
+            look, reason = self._by(way, recorded, budget, budget.left / 2 if ways else budget.left)
             if look is not None and (stranger := _stranger(view.node, recorded, look)):
                 look, reason = None, f"{way.via}: {stranger}"
             if look is not None:
@@ -144,16 +150,17 @@ class Prober:
         node.reason = "; ".join(why)
         return None
 
-    def _by(self, way: Way, recorded: Recorded, seconds: float) -> tuple[Look | None, str]:
-        if seconds <= 0:
-            return None, f"{way.via}: not asked, there was no time left"
+    def _by(self, way: Way, recorded: Recorded, budget: _Budget, seconds: float) -> tuple[Look | None, str]:
         mark = f"slurmfork-{secrets.token_hex(8)}"
         script = nodelook.script(recorded.pids(), self._rundir.run_id, mark)
-        if way.via != reaching.SRUN:
+        turn = self._steps if way.via == reaching.SRUN else nullcontext()
+        with turn:
+            begin = time.monotonic()
+            seconds = min(seconds, self._deadline - begin)
+            if seconds <= 0:
+                return None, f"{way.via}: not asked, there was no time left"
             asked = self._commands.run(way.argv(seconds), script, seconds)
-        else:
-            with self._steps:
-                asked = self._commands.run(way.argv(seconds), script, seconds)
+            budget.left -= time.monotonic() - begin
         look = nodelook.read(asked.output, self._rundir.run_id, mark)
         return look, "" if look else reaching.refusal(way.via, asked, seconds)
 

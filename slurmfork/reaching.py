@@ -60,8 +60,8 @@ def here() -> Way:
 def by_ssh(host: str, address: str = "") -> Way:
     """The system's ssh, with the user's configuration; ``address``: in place of what it makes of the name."""
 
-    def argv(seconds: float) -> list[str]:
-        options = {**_SSH_OPTIONS, "ConnectTimeout": str(max(1, round(seconds)))}
+    def argv(seconds: float) -> list[str]:  # its own time is up first, for it to say why
+        options = {**_SSH_OPTIONS, "ConnectTimeout": str(max(1, int(seconds) - 1))}
         if address:
             options["HostName"] = address
         config = os.environ.get(names.SSH_CONFIG)
