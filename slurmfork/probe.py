@@ -162,11 +162,12 @@ def _pids(pids: Sequence[int]) -> str:
     return "pid " + ", ".join(map(str, pids[:SHOWN])) + more
 
 
-def agent_of(node: str, look: Look) -> Verdict:
-    """Whether the agent of a node lives; not known where the search for tags did not come to its end."""
-    if any(one.stat.comm == AGENT and not one.stat.over for one in _own(node, look)):
-        return Verdict.ALIVE
-    return Verdict.GONE if look.complete else Verdict.UNKNOWN
+def agent_of(node: str, look: Look) -> tuple[Verdict, str]:
+    """Whether the agent of a node lives, and what is odd about it; not known without a whole search for tags."""
+    found = [one.stat for one in _own(node, look) if one.stat.comm == AGENT and not one.stat.over]
+    if found:
+        return Verdict.ALIVE, "its agent is stopped by a signal" if found[0].state == "T" else ""
+    return (Verdict.GONE if look.complete else Verdict.UNKNOWN), ""
 
 
 def _own(node: str, look: Look) -> list[Tagged]:

@@ -121,7 +121,8 @@ class Prober:
         node.took = round(time.monotonic() - begin, 3)
         node.notes = list(recorded.notes)
         if look is not None:
-            node.agent = probe.agent_of(view.node, look)
+            node.agent, odd = probe.agent_of(view.node, look)
+            node.notes += [odd] if odd else []
             if not look.complete:
                 node.notes.append("it was not searched to the end for processes that no record names")
         return _Answer(node, recorded, look)

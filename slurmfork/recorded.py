@@ -57,7 +57,7 @@ def read_journal(rundir: RunDir, node: str) -> Recorded:
         found.uncertain = f"the journal of {node} was not used: {words}"
     else:
         if records.damaged:
-            found.uncertain = f"the journal of {node} has {records.damaged} damaged lines"
+            found.uncertain = f"the journal of {node} has {_lines(records.damaged)}"
         _sort_in(found, records)
     if found.uncertain:
         found.notes.append(found.uncertain)
@@ -76,6 +76,10 @@ def _sort_in(found: Recorded, records: Iterable[journal.Record]) -> None:
         elif isinstance(record, journal.Seen):
             below = (Identity(pid, start_time, record.boot_id) for pid, start_time in record.processes)
             found.seen.setdefault(record.worker, set()).update(below)
+
+
+def _lines(count: int) -> str:
+    return "a damaged line" if count == 1 else f"{count} damaged lines"
 
 
 def nodes_of(rundir: RunDir) -> set[str]:

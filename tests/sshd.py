@@ -20,7 +20,8 @@ SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/l
 class Sshd:
     """One sshd, for this user, and files for its clients. ``more``: lines for its configuration.
 
-    It listens on 127.0.0.1 and on ``address``.
+    It listens on 127.0.0.1 and on ``address``. Who logs in has a home directory of its own, ``home``: what this
+    machine's user has in his .bashrc is no part of the test.
     """
 
     def __init__(self, directory: Path, *more: str, address: str = "127.0.0.1") -> None:
@@ -33,12 +34,15 @@ class Sshd:
         for name in ("host", "user"):
             argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)]
             subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
+        self.home = directory / "home"
+        self.home.mkdir()
         (directory / "authorized").write_text((directory / "user.pub").read_text())
         self.port = free_port()
         lines = [
             *(f"ListenAddress {one}:{self.port}" for one in {"127.0.0.1", address}),
             f"HostKey {directory}/host",
             f"AuthorizedKeysFile {directory}/authorized",
+            f"SetEnv HOME={self.home}",
             "PidFile none",
             "UsePAM no",
             "StrictModes no",

@@ -105,7 +105,7 @@ def test_what_was_said_before_the_search_hung_counts() -> None:
     assert found is not None
     assert os.getpid() in found.stats
     assert not found.complete
-    assert probe.agent_of("n1", found) is Verdict.UNKNOWN
+    assert probe.agent_of("n1", found)[0] is Verdict.UNKNOWN
     assert nodelook.read(done.stdout[: looked - 2], "r", "m") is None
     assert nodelook.read(done.stdout, "r", "another-mark") is None
 

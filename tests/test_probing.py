@@ -91,7 +91,7 @@ def test_a_head_that_says_otherwise(nodes: Nodes) -> None:
         pid = nodes.workers["rollout/5"].pid
         assert found["differences"] == [f"rollout/5: the head says running, but pid {pid} on local2 is gone"]
         shown = nodes.shell.call("status", nodes.run_id, "--probe").stdout
-        assert shown.splitlines()[-1] == found["differences"][0]
+        assert shown.splitlines()[-2:] == [found["differences"][0], "local2: its agent is stopped by a signal"]
         assert nodes.probe("--role", "rollout")["differences"] == found["differences"]
 
 
@@ -155,7 +155,7 @@ def test_journals_that_are_damaged_or_gone(nodes: Nodes) -> None:
     assert reason(found, "rollout/1") == "not verified: local0 has no journal"
     assert "damaged line" in reason(found, "rollout/3")
     assert "is not the machine on which its workers were started" in reason(found, "rollout/4")
-    assert found["nodes"][0]["notes"] == ["local0 has no journal"]
+    assert found["nodes"][0]["notes"] == ["local0 has no journal", "its agent is stopped by a signal"]
     assert found["unrecorded"] == [], "they are below their agents"
     first.with_suffix(".away").rename(first)
     third.write_bytes(kept)

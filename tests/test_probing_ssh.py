@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import signal
 import subprocess
 import time
@@ -34,15 +35,17 @@ def nodes(local: Shell) -> Nodes:
 
 @pytest.fixture
 def sshd(tmp_path: Path) -> Iterator[Sshd]:
-    with Sshd(
-        tmp_path / "sshd", "ForceCommand echo 'Welcome! stat 1 (x) R 0'; echo noise >&2; exec sh"
-    ).running() as it:
+    with Sshd(tmp_path / "sshd").running() as it:
         yield it
 
 
 def test_by_ssh_through_a_noisy_login(nodes: Nodes, sshd: Sshd) -> None:
+    noise = "echo 'Welcome! stat 1 (x) R 0'; echo noise >&2; touch ~/was-read\n"
+    (sshd.home / ".bashrc").write_text(noise)
     nodes.shell.env[names.SSH_CONFIG] = str(sshd.config())
     found = nodes.probe("--via", "ssh")
+    if Path(pwd.getpwuid(os.geteuid()).pw_shell).name == "bash":
+        assert (sshd.home / "was-read").exists(), "the login was not noisy"
     assert verdicts(found) == all_alive(nodes)
     assert {(node["via"], node["agent"]) for node in found["nodes"]} == {("ssh", "alive")}
     assert "3 nodes (by ssh) answered" in nodes.shell.call("ps", nodes.run_id, "--probe", "--via", "ssh").stdout
@@ -74,6 +77,8 @@ def unanswered(nodes: Nodes, config: Path, words: str) -> None:
     done = nodes.shell.call("ps", nodes.run_id, "--probe", "--json", "--via", "ssh", "--timeout", "3")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert "could not ask 3 of 3 nodes: local0 (ssh: " in done.stderr
+    shown = nodes.shell.call("ps", nodes.run_id, "--probe", "--via", "ssh", "--timeout", "3").stdout
+    assert shown.splitlines()[-1] == "0 of 3 nodes answered: 6 unknown"
     found = json.loads(done.stdout)["probe"]
     assert verdicts(found) == dict.fromkeys(nodes.workers, "unknown")
     assert words in reason(found, "rollout/0"), reason(found, "rollout/0")

@@ -124,10 +124,11 @@ def summary(found: Probe, status: RunStatus) -> None:
     ways = Counter(node.via for node in found.nodes if node.ok)
     words = {way: way if way == "here" else f"by {way}" for way in sorted(ways)}
     how = ", ".join(f"{ways[way]} {word}" if len(ways) > 1 else word for way, word in words.items())
-    took = max((node.took for node in found.nodes), default=0.0)
-    nodes = output.plural(sum(ways.values()), "node") + (f" ({how})" if how else "")
+    took = max((node.took for node in found.nodes if node.ok), default=0.0)
+    few = f"{sum(ways.values())} of " if found.unanswered else ""
+    nodes = few + output.plural(len(found.nodes), "node") + (f" ({how})" if how else "")
     verdicts = _counted(found.workers) or "no worker was ever started"
-    output.say(f"{nodes} answered within {took:.1f} s: {verdicts}")
+    output.say(f"{nodes} answered{f' within {took:.1f} s' if ways else ''}: {verdicts}")
     if status.source == "saved":
         output.say(f"the head does not answer: states are as it saw them {output.span(status.age)} ago")
     for line in found.differences:
