@@ -70,6 +70,7 @@ AGENT = "SLURMFORK_AGENT"
 TARGET = "SLURMFORK_TARGET"
 HEAD = "SLURMFORK_HEAD"
 ATTEMPT = "SLURMFORK_ATTEMPT"
+SSH_CONFIG = "SLURMFORK_SSH_CONFIG"
 KILL_WAIT = "SLURMFORK_KILL_WAIT"
 DEVICE_FILES = "SLURMFORK_DEVICE_FILES"
 # What torchrun tells each of its workers, and so do we.
@@ -107,3 +108,8 @@ def split_target(text: str) -> tuple[str, int | None]:
     if NAME_PATTERN.fullmatch(text):
         return text, None
     raise ValueError(f"{text!r} is neither a role nor a worker (role/index)")
+
+
+def natural(text: str) -> list[tuple[int, int | str]]:
+    """Sort key of names with numbers in them: n2 before n10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text)]

@@ -32,7 +32,9 @@ class Identity(NamedTuple):
     boot_id: str
 
 
-class _Stat(NamedTuple):
+class Stat(NamedTuple):
+    """What /proc/PID/stat says of a process, as far as it is of use here."""
+
     comm: str
     state: str
     parent: int
@@ -56,17 +58,21 @@ def _read(path: str) -> bytes:
         os.close(descriptor)
 
 
-def _stat(pid: int) -> _Stat | None:
+def _stat(pid: int) -> Stat | None:
     try:
-        data = _read(f"/proc/{pid}/stat")
+        return parse_stat(_read(f"/proc/{pid}/stat"))
     except _HIDDEN:
         return None
+
+
+def parse_stat(data: bytes) -> Stat | None:
+    """Read what a /proc/PID/stat holds, of this machine or another; None for what is cut short."""
     opening, closing = data.find(b"("), data.rfind(b")")  # the name may hold anything, parentheses too
     fields = data[closing + 2 :].split()
     if len(fields) < 20:
         return None
     comm = data[opening + 1 : closing].decode(errors="replace")
-    return _Stat(comm, fields[0].decode(), int(fields[1]), int(fields[17]), int(fields[19]))
+    return Stat(comm, fields[0].decode(), int(fields[1]), int(fields[17]), int(fields[19]))
 
 
 @functools.cache
@@ -93,7 +99,7 @@ def alive(identity: Identity) -> bool:
     return stat is not None and not stat.over and _matches(identity, stat)
 
 
-def _matches(identity: Identity, stat: _Stat) -> bool:
+def _matches(identity: Identity, stat: Stat) -> bool:
     return stat.start_time == identity.start_time and identity.boot_id == boot_id()
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slurmfork import backends, rundir
 from slurmfork.backends.base import PATIENCE_S, Backend, Job, JobReport
@@ -34,6 +35,9 @@ from slurmfork.names import RunState
 from slurmfork.observe import Observation, RunStatus
 from slurmfork.rundir import EndRecord, RunDir, RunRecord
 from slurmfork.spec import Spec, Stop
+
+if TYPE_CHECKING:
+    from slurmfork.probe import Probe
 
 POLL = 0.05  # seconds between looks at a file that another node will write
 SCHEDULER_POLL = 2.0  # seconds between asking the backend, which asks Slurm still more seldom
@@ -119,6 +123,21 @@ class Run:
         """Every worker that the run has or had, forked ones too, by role and index."""
         views = statuses([self], QUICK)[0][1]
         return [view for view in views if role in (None, view.role)]
+
+    def probe(self, *, via: str = "auto", timeout: float = 10.0) -> Probe:
+        """Look at the run's nodes themselves: for each worker, whether the process that its journal names is alive.
+
+        Needs neither head nor agents. ``via``: ``auto`` (here, ssh, srun), ``ssh`` or ``srun``; ``timeout``: seconds
+        for each node. Never raises for nodes that do not answer: they are ``unanswered``, their workers unknown.
+        """
+        return self.probed(via=via, timeout=timeout)[0]
+
+    def probed(self, *, via: str = "auto", timeout: float = 10.0) -> tuple[Probe, RunStatus, list[WorkerView]]:
+        """As ``probe``, with the run's status and workers as head and scheduler tell them."""
+        from slurmfork.probing import Prober
+
+        look = Prober(self.rundir, self.backend, self.job, lambda: statuses([self], QUICK)[0], via=via, timeout=timeout)
+        return look.run()
 
     def events(self, since: int = 0, timeout: float | None = None) -> Iterator[Event]:
         """What happens in the run, as it happens, until its head is gone."""

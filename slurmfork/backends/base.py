@@ -88,5 +88,11 @@ class Backend(Protocol):
     def ended(self, rundir: RunDir, job: Job) -> bool:
         """Whether the job is surely over, asked now; cheap enough to be called in a loop."""
 
+    def host(self, rundir: RunDir, node: str) -> str:
+        """The name of the machine that a node of a run is, for ssh."""
+
+    def step(self, job: Job, node: str) -> list[str]:
+        """The beginning of a command line that runs a command on a node of a job; empty where none does."""
+
     def check(self) -> list[Check]:
         """What `doctor` should say about this backend here."""

@@ -118,6 +118,17 @@ class LocalBackend:
         record = rundir.read_record(rundir.path / "local.json", LocalJob)
         return record is None or (record.host == os.uname().nodename and not _living(rundir, record))
 
+    def host(self, rundir: RunDir, node: str) -> str:
+        """The machine that the script was started on; this one where that is not known."""
+        with contextlib.suppress(RunDirError):
+            if record := rundir.read_record(rundir.path / "local.json", LocalJob):
+                return record.host
+        return os.uname().nodename
+
+    def step(self, job: Job, node: str) -> list[str]:
+        """There is none."""
+        return []
+
     def check(self) -> list[Check]:
         """The devices of this machine."""
         found = devices.present(os.environ)

@@ -31,6 +31,11 @@ _PREFIX = re.compile(r"\bsbatch: (?:(?:error|fatal): )?")
 _LOST = re.compile("did not answer|timed out|receive failure|shutdown failure|Zero Bytes", re.IGNORECASE)
 _NO_SLURM = "is this a Slurm login node? `--backend local` runs on this machine"
 _LOOK_S = 1.0
+# As in templates/sbatch.sh.j2; the directory is one that every node has.
+_STEP = [
+    *("--nodes=1", "--ntasks=1", "--overlap", "--mem=0", "--cpu-bind=none", "--mpi=none", "--export=ALL"),
+    *("--gres=none", "--wait=0", "--kill-on-bad-exit=0", "--chdir=/", "--time=1", "--quiet"),
+]
 
 
 class SlurmBackend:
@@ -91,6 +96,14 @@ class SlurmBackend:
             over = report.state in ENDED_STATES or report.word == GONE
             self._ended[key] = (time.monotonic(), over)
         return over
+
+    def host(self, rundir: RunDir, node: str) -> str:
+        """Slurm's name of the node, which is its host's nearly everywhere."""
+        return node
+
+    def step(self, job: Job, node: str) -> list[str]:
+        """srun, beside the job's other steps, with none of its GPUs; for a minute at most."""
+        return [*of_cluster("srun", job.cluster), f"--jobid={job.job_id}", f"--nodelist={node}", *_STEP]
 
     def check(self) -> list[Check]:
         """Commands, controller, partitions, the tracker of processes, KillWait, accounting."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from slurmfork import logs as logfiles
-from slurmfork.cli import failure, logview, output, progress
+from slurmfork.cli import failure, logview, output, probed, progress
 from slurmfork.cli.options import RUN, run_argument, verb
 from slurmfork.errors import UsageError
 from slurmfork.messages import NodeView, WorkerView
@@ -24,11 +24,28 @@ OLD = 30.0  # seconds after which a scheduler's word is told with its age
 @verb(
     "status",
     prints_data=True,
-    examples=["slurmfork status", "slurmfork status last", "slurmfork status --json | jq -r '.runs[].state'"],
+    examples=[
+        "slurmfork status",
+        "slurmfork status last",
+        "slurmfork status last --probe",
+        "slurmfork status --json | jq -r '.runs[].state'",
+    ],
 )
 @click.argument("run", metavar="[RUN]", type=RUN, required=False)
-def status(run: str | None, root: str | None, as_json: bool) -> None:
-    """Show all runs, the newest last; or RUN in detail: its nodes, what failed, and how fresh that is."""
+@probed.options
+def status(
+    run: str | None, probe: bool, via: str | None, timeout: float | None, root: str | None, as_json: bool
+) -> int | None:
+    """Show all runs, the newest last; or RUN in detail: its nodes, what failed, and how fresh that is.
+
+    With --probe the nodes of RUN are looked at too: whether the processes that their journals name are alive.
+    The exit status is 1 if a node could not be asked, and 0 if all were, whatever they said.
+    """
+    if probe:
+        if run is None:
+            raise UsageError("--probe looks at the nodes of one run: name it")
+        return _probe(Run.load(run, root), via, timeout, as_json)
+    probed.refuse_without_probe(via, timeout)
     if run is not None:
         found = Run.load(run, root)
         [(one, workers)] = statuses([found], QUICK)
@@ -36,7 +53,7 @@ def status(run: str | None, root: str | None, as_json: bool) -> None:
             output.document({"runs": [one]})
         else:
             _detail(one, workers)
-        return
+        return None
     every = [one for one, _ in statuses(Run.all(root), QUICK)]
     if as_json:
         output.document({"runs": every})
@@ -45,6 +62,22 @@ def status(run: str | None, root: str | None, as_json: bool) -> None:
     else:
         titles = ["RUN", "NAME", "BACKEND", "JOB", "STATE", "NODES", "WORKERS", "AGE", "REASON"]
         output.table(titles, [_row(one) for one in every])
+    return None
+
+
+def _probe(run: Run, via: str | None, timeout: float | None, as_json: bool) -> int:
+    found, one, workers = probed.look(run, via, timeout)
+    if as_json:
+        output.document({"runs": [one], "probe": found})
+        return probed.conclude(found)
+    _detail(one, workers)
+    if found.nodes:
+        output.say()
+        probed.node_table(found)
+        output.say()
+        probed.summary(found, one)
+        probed.tell_strays(found)
+    return probed.conclude(found)
 
 
 def _row(one: RunStatus) -> list[object]:
@@ -154,13 +187,27 @@ def _node(node: NodeView) -> list[object]:
         "slurmfork ps last",
         "slurmfork ps last --role eval",
         "slurmfork ps last --json | jq '.workers[].pid'",
+        "slurmfork ps last --probe",
+        "slurmfork ps last --probe --json | jq -e '.probe | .differences + .unrecorded == []'",
     ],
 )
 @run_argument
 @click.option("--role", "-r", help="Only the workers of this role.")
-def ps(run: str, role: str | None, root: str | None, as_json: bool) -> None:
-    """Show every worker that RUN has or had, the forked ones too."""
+@probed.options
+def ps(
+    run: str, role: str | None, probe: bool, via: str | None, timeout: float | None, root: str | None, as_json: bool
+) -> int | None:
+    """Show every worker that RUN has or had, the forked ones too.
+
+    With --probe the nodes are looked at themselves, and PROBE says what became of the process that the node's
+    journal names last for the worker: alive, gone, not ours (its PID is another process's), or unknown (why is
+    said). Head and agents need not live; where they do, and say otherwise, that is told. The exit status is 1 if a
+    node could not be asked, and 0 if all were, whatever they said.
+    """
     found = Run.load(run, root)
+    if probe:
+        return _ps_probe(found, role, via, timeout, as_json)
+    probed.refuse_without_probe(via, timeout)
     workers = found.workers()
     if role is not None:
         workers = [view for view in workers if view.role == _known_role(role, workers, found)]
@@ -170,6 +217,24 @@ def ps(run: str, role: str | None, root: str | None, as_json: bool) -> None:
         worker_table(workers)
     else:
         output.complain(f"{found.run_id} has no workers yet; it is {found.status().state}")
+    return None
+
+
+def _ps_probe(run: Run, role: str | None, via: str | None, timeout: float | None, as_json: bool) -> int:
+    found, one, workers = probed.look(run, via, timeout)
+    if role is not None:
+        found = probed.of_role(found, _known_role(role, workers, run))
+        workers = [view for view in workers if view.role == role]
+    if as_json:
+        output.document({"workers": workers, "probe": found})
+        return probed.conclude(found)
+    if not workers and not found.nodes:
+        output.complain(f"{run.run_id} has no workers yet; it is {one.state}")
+        return 0
+    output.table(probed.WORKER_TITLES, probed.worker_rows(found, workers))
+    output.say()
+    probed.summary(found, one)
+    return probed.conclude(found)
 
 
 def _known_role(role: str, workers: list[WorkerView], run: Run) -> str:

@@ -44,6 +44,8 @@ STYLES = {
     "starting": "cyan",
     "NO": "bold red",
     "SILENT": "bold red",
+    "alive": "green",
+    "not ours": "bold red",
 }
 
 _written = False  # a document is on stdout: there may be one only

@@ -20,9 +20,9 @@ import msgspec
 
 from slurmfork import credentials
 from slurmfork.errors import Refused, SlurmforkError, Unreachable
-from slurmfork.head.table import natural
 from slurmfork.link import Link
 from slurmfork.messages import NodeView
+from slurmfork.names import natural
 from slurmfork.orders import Join, ReserveOrder, Welcome
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,18 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from slurmfork.messages import Event, NodeView, StatusView, WorkerCounts, WorkerView
-from slurmfork.names import LIVE_STATES, UP_STATES, RunState, WorkerState
+from slurmfork.names import LIVE_STATES, UP_STATES, RunState, WorkerState, natural
 from slurmfork.rundir import RunDir, replace_file
 
 log = logging.getLogger(__name__)
 
 SAVE_INTERVAL = 0.25
 EVENTS_KEPT = 20_000
-
-
-def natural(text: str) -> list[tuple[int, int | str]]:
-    """Sort key of node names: n2 before n10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text)]
 
 
 class Table:
