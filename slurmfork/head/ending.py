@@ -169,9 +169,11 @@ class Ending:
         if verdict.lost in unverified:  # it is not the agent alone that is gone
             reason = f"node {verdict.lost} was lost: its agent is gone, and nothing can be run there"
             verdict = replace(verdict, state=RunState.NODE_FAIL, reason=reason)
-        if not await self._launcher_gone() and missing:
-            left, unknown = await self._sweep_absent(missing)
-            survivors, unverified = survivors + left, unverified + unknown
+        launcher_gone = await self._launcher_gone()
+        if missing and not launcher_gone:
+            unverified.append(f"{missing} nodes whose agents never joined")
+        elif missing and not self._launcher.orderly:
+            survivors += await self._sweep_absent()
         requeued = verdict.requeue and await self._requeue()
         record = EndRecord(
             state=verdict.state,
@@ -249,25 +251,26 @@ class Ending:
         survivors = [f"{node}: {line}" for node, lines in found.items() for line in lines or ()]
         return survivors, [node for node, lines in found.items() if lines is None]
 
-    async def _sweep_absent(self, missing: int) -> tuple[list[str], list[str]]:
-        """As ``_sweep``, for nodes whose agents never joined, and may have come since."""
-        nodes = self._members.absent()
-        if len(nodes) < missing:  # their names are not known
-            return [], [f"{missing} nodes whose agents never joined"]
-        return await self._sweep(nodes)
+    async def _sweep_absent(self) -> list[str]:
+        """As ``_sweep``, for nodes whose agents never joined: a launcher that a signal ended may have left some behind.
+
+        They have started nothing, for nobody told them to, and leave when they find no head; so this is for order's
+        sake, and nodes that cannot be asked any more are not named.
+        """
+        survivors, unknown = await self._sweep(self._members.absent())
+        if unknown:
+            log.info("not swept: %s, whose agents never joined", ", ".join(unknown))
+        return survivors
 
     async def _launcher_gone(self) -> bool:
-        """Whether the launcher has ended in order, as it does when the last guardian has; bounded.
-
-        One that a signal ended proves nothing: what it had started may still be on its way.
-        """
+        """Whether the launcher has ended, as it does when the last guardian has; bounded."""
         patience = self._patience(LAUNCHER_PATIENCE)
         try:
             await asyncio.wait_for(asyncio.shield(self._launcher.ended), patience)
         except asyncio.TimeoutError:
             log.warning("the launcher is still there after %.0f s", patience)
             return False
-        return self._launcher.orderly
+        return True
 
     def _limit(self, budget: float) -> None:
         """Have all be over in so many seconds, or as soon as was to be before."""
