@@ -127,6 +127,7 @@ slurmfork_on_node='
       "$SLURMFORK_RUN_DIR; put it on the shared file system with --root" >&2
     exit 78
   fi
+  export SLURMFORK_NODE=$SLURMD_NODENAME # the tag, so that a sweep ends the agent too
   log=$SLURMFORK_RUN_DIR/agents/$SLURMD_NODENAME.log
   (umask 077 && : >>"$log")
   exec "$@" >>"$log" 2>&1'
