@@ -47,7 +47,7 @@ class Way:
     profile: str | None = None
     tell: Tell = lambda step, detail: None
     accept: Accept = lambda settings, key: False  # asked of an unknown host key; True: it is known now
-    handshake_s: float = HANDSHAKE_S
+    handshake_s: float = field(default_factory=lambda: HANDSHAKE_S)
     wires: list[Wire] = field(default_factory=list)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -94,6 +94,8 @@ class Way:
         except (EOFError, OSError) as error:
             raise _Dropped(f"{who} hung up before the login ({_reason(error)})") from error
         except paramiko.SSHException as error:
+            if isinstance(error.__context__, (EOFError, ConnectionError)):  # while its greeting was read
+                raise _Dropped(f"{who} hung up before the login") from error
             raise TransportError(f"cannot agree with {who} on how to talk: {one_line(str(error))}") from error
         self._check_key(wire, trust)
         if log_in:

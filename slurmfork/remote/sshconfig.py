@@ -11,7 +11,6 @@ import pwd
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,11 +87,7 @@ class SshConfig:
     def __init__(self, user_file: Path | None = None, system_file: Path = SYSTEM) -> None:
         self._home = Path.home()
         text = "\n".join(self._lines(user_file or self._home / ".ssh" / "config", self._home / ".ssh"))
-        text += "\nHost *\n" + "\n".join(self._lines(system_file, SYSTEM.parent))
-        try:
-            self._config = paramiko.SSHConfig.from_file(StringIO(text + "\n"))
-        except paramiko.SSHException as error:
-            raise TransportError(f"cannot read ~/.ssh/config: {error}") from error
+        self._text = text + "\nHost *\n" + "\n".join(self._lines(system_file, SYSTEM.parent)) + "\n"
 
     def settings(
         self,
@@ -103,11 +98,13 @@ class SshConfig:
         agent: str | None = None,
     ) -> Settings:
         """All that holds for a host; what is given goes before what the files say."""
+        given = [f"User {hop.user}"] if hop.user else []
+        given += [f"Port {hop.port}"] if hop.port else []  # before all else, and what tokens in other values mean
         try:
-            found = self._config.lookup(hop.host)
+            found = paramiko.SSHConfig.from_text("\n".join([*given, self._text])).lookup(hop.host)
         except Exception as error:  # ImportError for `Match exec`, among others
             raise TransportError(f"cannot read what ~/.ssh/config says of {hop.host}: {error}") from error
-        user = hop.user or found.get("user") or own_name()
+        user = found.get("user") or own_name()
         host = found.get("hostname") or hop.host
         paths = _Paths(self._home, host, user)
         named = [identity_file] if identity_file else [f for f in found.get("identityfile", []) if f.lower() != "none"]
@@ -121,7 +118,7 @@ class SshConfig:
         return Settings(
             alias=hop.host,
             host=host,
-            port=hop.port or _number(found, "port", hop.host) or PORT,
+            port=_number(found, "port", hop.host) or PORT,
             user=user,
             identity_files=tuple(paths.one(name) for name in named or defaults),
             identities_only=only,

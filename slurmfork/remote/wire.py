@@ -179,3 +179,10 @@ class Wire(ServiceRequestingTransport):
             if waited > AUTH_S:
                 raise TimeoutError
         self.auth_handler = self.get_auth_handler()
+
+    def auth_none(self, username: str) -> list[str]:
+        """Ask what the login may be by; paramiko's own fails."""
+        self.ensure_session()
+        handler: Any = self.auth_handler
+        allowed: list[str] = handler.send_auth_request(username, "none", lambda message: None)
+        return allowed
