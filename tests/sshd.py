@@ -59,7 +59,8 @@ def need_root() -> None:
 
 def keygen(file: Path, kind: str = "ed25519", passphrase: str = "", *options: str) -> Path:
     """A new key pair; the file of the private key."""
-    command = ["ssh-keygen", "-q", "-t", kind, "-f", str(file), "-N", passphrase, "-C", file.name, *options]
+    size = ["-b", "2048"] if kind == "rsa" else []  # larger ones take seconds to make
+    command = ["ssh-keygen", "-q", "-t", kind, *size, "-f", str(file), "-N", passphrase, "-C", file.name, *options]
     subprocess.run(command, check=True, timeout=LIMIT_S, stdin=subprocess.DEVNULL)
     return file
 
@@ -129,17 +130,28 @@ class Sshd:
         kind, blob = public(key or self.host_keys[0]).split()[:2]
         return f"[127.0.0.1]:{self.port} {kind} {blob}"
 
+    def down_and_up(self, *options: str) -> None:
+        """Start anew with other options."""
+        self._stop()
+        self.options = list(options)
+        self.log.unlink()
+        self.up()
+
     def down(self) -> None:
-        if self._process is not None:
-            sessions = psutil.Process(self._process.pid).children(recursive=True) if not self._ended() else []
-            for process in sessions:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.resume()
-                    process.kill()
-            self._process.terminate()
-            self._process.wait(LIMIT_S)
-            psutil.wait_procs(sessions, LIMIT_S)
+        self._stop()
         shutil.rmtree(self.directory)
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        sessions = psutil.Process(self._process.pid).children(recursive=True) if not self._ended() else []
+        for process in sessions:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+                process.kill()
+        self._process.terminate()
+        self._process.wait(LIMIT_S)
+        psutil.wait_procs(sessions, LIMIT_S)
 
 
 def await_true(question: object, limit_s: float = LIMIT_S) -> None:

@@ -135,9 +135,6 @@ class Login:
 
     def _offers(self, agent: keys.Agent) -> Iterator[Offer]:
         files = [file for file in self._settings.identity_files if file.exists() or keys.public_blob(file)]
-        for file in self._settings.identity_files:
-            if file not in files and self._settings.identities_only:
-                self._ring.unusable[file] = "is not there"
         blobs = {blob: file for file in files if (blob := keys.public_blob(file))}
         held = [key for key in agent.keys if key.asbytes() in blobs]
         others = [] if self._settings.identities_only else [key for key in agent.keys if key not in held]
@@ -148,6 +145,8 @@ class Login:
         for file in files:
             certificates = list(keys.certificates(file, self._settings.certificate_files))
             if keys.public_blob(file) in in_agent and not certificates:
+                continue
+            if not file.exists():
                 continue
             loaded = self._ring.load(file, ask=self._asks)
             if loaded is None:
@@ -214,13 +213,15 @@ class Login:
         found = [f"{self._who} does not let {user} in"]
         if self._offered:
             found.append(f"it refused {', '.join(dict.fromkeys(self._offered))}")
+        missing = [file for file in self._settings.identity_files if self._settings.files_named and not file.exists()]
+        found += [f"{file} is not there" for file in missing if f"{file} (agent)" not in self._offered]
         found += [f"{file} {reason}" for file, reason in self._ring.unusable.items()]
         wanted = [way for way in _BY_PERSON if way in allowed]
         if wanted and not self._asks:
             found.append(f"it asks for a password or code ({', '.join(wanted)}), and there is no terminal to ask on")
         elif self._answered:
             found.append("what was typed was wrong")
-        elif not self._offered and not self._ring.unusable:
+        elif len(found) == 1:
             found.append(f"it wants {', '.join(allowed) or 'nothing that is known here'}, and there is no such key")
         advice = "; if this should work, the account may be locked: ask the site" if self._offered else ""
         return f"{found[0]}: {'; '.join(found[1:])}{advice}"

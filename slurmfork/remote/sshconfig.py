@@ -60,6 +60,7 @@ class Settings:
     port: int
     user: str
     identity_files: tuple[Path, ...]
+    files_named: bool  # by somebody; they are not just the usual ones
     identities_only: bool
     certificate_files: tuple[Path, ...]
     jumps: tuple[Hop, ...]
@@ -121,6 +122,7 @@ class SshConfig:
             port=_number(found, "port", hop.host) or PORT,
             user=user,
             identity_files=tuple(paths.one(name) for name in named or defaults),
+            files_named=bool(named),
             identities_only=only,
             certificate_files=tuple(paths.many(found.get("certificatefile", ""))),
             jumps=tuple(_jumps(jumps, hop.host)),
