@@ -18,7 +18,7 @@ from test_ssh import MEGABYTE, echo  # noqa: F401
 
 from slurmfork.errors import ConnectionLost, TransportError
 from slurmfork.remote.openssh import OpenSshTransport
-from slurmfork.remote.sshconfig import own_name
+from slurmfork.remote.places import own_name
 from slurmfork.remote.transport import run
 
 

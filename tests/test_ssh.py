@@ -18,9 +18,9 @@ from sshd import Servers, Sshd, await_true, need
 
 from slurmfork.errors import ConnectionLost, TransportError, UsageError
 from slurmfork.remote import reach
+from slurmfork.remote.places import own_name
 from slurmfork.remote.quoting import command_line
 from slurmfork.remote.ssh import SshTransport
-from slurmfork.remote.sshconfig import own_name
 from slurmfork.remote.terminal import Terminal
 from slurmfork.remote.transport import Transport, run
 

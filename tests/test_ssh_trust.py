@@ -14,8 +14,8 @@ from test_ssh import to
 
 from slurmfork.errors import TransportError
 from slurmfork.remote.knownhosts import add, fingerprint, lines_about
+from slurmfork.remote.places import own_name
 from slurmfork.remote.ssh import SshTransport
-from slurmfork.remote.sshconfig import own_name
 from slurmfork.remote.transport import run
 from slurmfork.remote.trust import ShownKey, UnknownHost
 

@@ -7,7 +7,6 @@ in ``Settings``; what weakens the check of host keys (StrictHostKeyChecking no) 
 from __future__ import annotations
 
 import os
-import pwd
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,20 +16,13 @@ from typing import NamedTuple
 import paramiko
 
 from slurmfork.errors import TransportError
+from slurmfork.remote.places import own_name
 
 SYSTEM = Path("/etc/ssh/ssh_config")
 PORT = 22
 CONNECT_S = 10.0
 _DEPTH = 16
 _DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
-
-
-def own_name() -> str:
-    """This user's name, as the system knows it; what the environment says may be somebody else's."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return os.environ.get("USER", str(os.getuid()))
 
 
 class Hop(NamedTuple):

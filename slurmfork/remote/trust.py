@@ -48,6 +48,8 @@ class ShownKey:
 class UnknownHost(TransportError):
     """Nothing is known of a host that has shown ``key``."""
 
+    kind = "unknown_host"
+
     def __init__(self, message: str, settings: Settings, key: ShownKey) -> None:
         super().__init__(message)
         self.settings = settings
