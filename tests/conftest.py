@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import minicluster  # noqa: F401
 from running import Shell
-from sshd import agent, client, sshd  # noqa: F401
+from sshd import agent, client, login, sshd  # noqa: F401
 
 TORCH = "torch==2.13.0"
 

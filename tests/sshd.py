@@ -28,6 +28,8 @@ import psutil
 import pytest
 from cluster import SCRIPT, demanded
 
+from slurmfork.remote.places import own_name
+
 LIMIT_S = 30.0
 NEEDED = {"sshd": "openssh-server", "ssh": "openssh-client", "csh": "csh", "fish": "fish"}
 _SBIN = "/usr/sbin:/sbin"
@@ -70,9 +72,10 @@ def public(file: Path) -> str:
 
 
 class Sshd:
-    """One server: ``port``, ``known_hosts`` line, ``authorize(key)``; ``options`` are lines for its configuration."""
+    """One server: ``port``, ``known_line()``, ``authorize(key)``; ``options`` are lines for its configuration."""
 
-    def __init__(self, *options: str, host_keys: Sequence[str] = ("ed25519",)) -> None:
+    def __init__(self, login: str, *options: str, host_keys: Sequence[str] = ("ed25519",)) -> None:
+        self.login = login  # who is meant to log in here
         self.directory = Path(tempfile.mkdtemp(prefix="slurmfork-sshd-"))
         self.directory.chmod(0o755)
         self.host_keys = [keygen(self.directory / f"host_{kind}", kind) for kind in host_keys]
@@ -121,10 +124,22 @@ class Sshd:
         assert self._process is not None
         return self._process.poll() is not None
 
-    def sessions(self) -> list[psutil.Process]:
-        """The processes that serve connections, those with the rights of the logged in user before their parents."""
+    def connections(self) -> list[psutil.Process]:
+        """The processes that serve connections, one each."""
         assert self._process is not None
-        return psutil.Process(self._process.pid).children(recursive=False)
+        return psutil.Process(self._process.pid).children()
+
+    def sessions(self) -> list[psutil.Process]:
+        """All of sshd's processes that serve connections: those with the user's rights, and those above them."""
+        assert self._process is not None
+        found = psutil.Process(self._process.pid).children(recursive=True)
+        return [process for process in found if process.name().startswith("sshd")]
+
+    def cut(self) -> None:
+        """End all connections from this side, as a crash does."""
+        for process in self.sessions():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def known_line(self, key: Path | None = None) -> str:
         kind, blob = public(key or self.host_keys[0]).split()[:2]
@@ -267,8 +282,9 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
 class Servers:
     """Makes servers and users for a test, and ends them with it."""
 
-    def __init__(self, ssh: Path) -> None:
+    def __init__(self, ssh: Path, login: str) -> None:
         self._ssh = ssh
+        self.login = login
         self._users = contextlib.ExitStack()  # to be removed when no server runs anything of theirs any more
         self._ends = contextlib.ExitStack()
 
@@ -276,7 +292,7 @@ class Servers:
         self, *options: str, host_keys: Sequence[str] = ("ed25519",), known: bool = True, authorized: bool = True
     ) -> Sshd:
         need("sshd")
-        server = Sshd(*options, host_keys=host_keys)
+        server = Sshd(self.login, *options, host_keys=host_keys)
         self._ends.callback(server.down)
         if authorized:
             server.authorize(self._ssh / "id_ed25519")
@@ -299,9 +315,21 @@ class Servers:
             self._ends.close()
 
 
+@pytest.fixture(scope="session")
+def login() -> Iterator[str]:
+    """Who logs in: as root a throwaway user. Tests kill sessions in the middle of anything, and what start-up files of
+    a real account do then (take locks, for instance) is not to be left half done."""
+    if os.getuid() != 0:
+        yield own_name()
+        return
+    made = User()
+    yield made.name
+    made.remove()
+
+
 @pytest.fixture
-def sshd(client: Path) -> Iterator[Servers]:
+def sshd(client: Path, login: str) -> Iterator[Servers]:
     """sshd(option...) starts a server whose key this test's client knows, and which knows this client's key."""
-    servers = Servers(client)
+    servers = Servers(client, login)
     yield servers
     servers.end()

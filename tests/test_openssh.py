@@ -18,7 +18,6 @@ from test_ssh import MEGABYTE, echo  # noqa: F401
 
 from slurmfork.errors import ConnectionLost, TransportError
 from slurmfork.remote.openssh import OpenSshTransport
-from slurmfork.remote.places import own_name
 from slurmfork.remote.transport import run
 
 
@@ -31,7 +30,7 @@ class Shared:
         self.path = self.directory / "master"
         self.config = client / "config"
         self.config.write_text(
-            f"Host it\n  HostName 127.0.0.1\n  Port {server.port}\n  User {own_name()}\n"
+            f"Host it\n  HostName 127.0.0.1\n  Port {server.port}\n  User {server.login}\n"
             f"  IdentityFile {client}/id_ed25519\n  UserKnownHostsFile {client}/known_hosts\n"
             f"  ControlPath {self.path}\n"
         )
@@ -152,10 +151,9 @@ def test_one_that_goes_between_check_and_use(over: OpenSshTransport, shared: Sha
 
 
 def test_one_that_is_lost_during_a_command(over: OpenSshTransport, shared: Shared) -> None:
-    channel = over.start(["sh", "-c", "echo started; exec sleep 1000"])
+    channel = over.start(["sh", "-c", "echo started; exec cat"])
     assert channel.receive(30) == (b"started\n", b"")
-    for session in shared.server.sessions():
-        session.kill()
+    shared.server.cut()
     assert channel.receive(30) == (b"", b"")
     with pytest.raises(ConnectionLost, match="was lost while a command ran"):
         channel.wait(30)

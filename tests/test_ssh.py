@@ -18,7 +18,6 @@ from sshd import Servers, Sshd, await_true, need
 
 from slurmfork.errors import ConnectionLost, TransportError, UsageError
 from slurmfork.remote import reach
-from slurmfork.remote.places import own_name
 from slurmfork.remote.quoting import command_line
 from slurmfork.remote.ssh import SshTransport
 from slurmfork.remote.terminal import Terminal
@@ -33,7 +32,7 @@ ECHO = [sys.executable, "-c", "import os, sys; print(repr([os.environ['X'], *sys
 
 
 def to(server: Sshd, **more: object) -> SshTransport:
-    given: dict[str, object] = {"user": own_name(), "port": server.port, "terminal": Terminal(allowed=False), **more}
+    given: dict[str, object] = {"user": server.login, "port": server.port, "terminal": Terminal(allowed=False), **more}
     return SshTransport("127.0.0.1", **given)  # type: ignore[arg-type]
 
 
@@ -157,10 +156,9 @@ def test_waiting_is_by_events(here: SshTransport) -> None:
 def test_a_cut_connection_is_told_and_made_anew(sshd: Servers) -> None:
     server = sshd()
     transport = to(server)
-    channel = transport.start(["sh", "-c", "echo started; exec sleep 1000"])
+    channel = transport.start(["sh", "-c", "echo started; exec cat"])
     assert channel.receive(30) == (b"started\n", b"")
-    for session in server.sessions():
-        session.kill()
+    server.cut()
     with pytest.raises(ConnectionLost, match="was lost"):
         channel.receive(30)
     with pytest.raises(ConnectionLost):
@@ -274,24 +272,24 @@ def test_no_connection_from_over_there(here: SshTransport, sshd: Servers) -> Non
 
 def test_by_a_jump_host(sshd: Servers, client: Path) -> None:
     jump, target = sshd(), sshd()
-    transport = to(target, proxy_jump=f"{own_name()}@127.0.0.1:{jump.port}")
+    transport = to(target, proxy_jump=f"{jump.login}@127.0.0.1:{jump.port}")
     assert run(transport, ["echo", "there"]).output == b"there\n"
-    assert len(jump.sessions()) == 1
+    assert len(jump.connections()) == 1
     transport.close()
-    await_true(lambda: not jump.sessions() and not target.sessions())
+    await_true(lambda: not jump.connections() and not target.connections())
 
 
 def test_by_two_jump_hosts_of_the_ssh_config(sshd: Servers, client: Path) -> None:
     first, second, target = sshd(), sshd(), sshd()
     (client / "conf.d").mkdir()
-    (client / "config").write_text(f"Include conf.d/*\nHost *\n  User {own_name()}\n  HostName 127.0.0.1\n")
+    (client / "config").write_text(f"Include conf.d/*\nHost *\n  User {sshd.login}\n  HostName 127.0.0.1\n")
     (client / "conf.d" / "hops").write_text(
         f"Host first\n  Port {first.port}\nHost second\n  Port {second.port}\n"
         f"Host target\n  Port {target.port}\n  ProxyJump first,second\n"
     )
     transport = SshTransport("target", terminal=Terminal(allowed=False))
     assert run(transport, ["echo", "there"]).output == b"there\n"
-    assert [len(server.sessions()) for server in (first, second)] == [1, 1]
+    assert [len(server.connections()) for server in (first, second)] == [1, 1]
     transport.close()
 
 
@@ -338,7 +336,7 @@ def test_a_server_that_hangs_up_at_first_is_asked_again(sshd: Servers, client: P
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    transport = SshTransport("127.0.0.1", port=port, user=own_name(), terminal=Terminal(allowed=False))
+    transport = SshTransport("127.0.0.1", port=port, user=server.login, terminal=Terminal(allowed=False))
     assert run(transport, ["echo", "in"]).output == b"in\n"
     transport.close()
     thread.join(30)

@@ -14,7 +14,6 @@ from test_ssh import to
 
 from slurmfork.errors import TransportError
 from slurmfork.remote.knownhosts import add, fingerprint, lines_about
-from slurmfork.remote.places import own_name
 from slurmfork.remote.ssh import SshTransport
 from slurmfork.remote.transport import run
 from slurmfork.remote.trust import ShownKey, UnknownHost
@@ -182,7 +181,7 @@ def test_a_wrong_key_is_refused_in_a_line(sshd: Servers, client: Path) -> None:
     server = sshd()
     wrong = keygen(client / "wrong")
     said = refused(to(server, identity_file=str(wrong)))
-    assert f"does not let {own_name()} in: it refused {wrong}" in said
+    assert f"does not let {server.login} in: it refused {wrong}" in said
     assert "the account may be locked" in said
     assert "id_ed25519" not in said  # the profile's key is the only one
 
@@ -228,7 +227,7 @@ def talk(
     server: Sshd, dialog: list[tuple[str, str]], *, user: str | None = None, key: Path | None = None
 ) -> tuple[int, str]:
     """Log in from a terminal."""
-    where = ["127.0.0.1", str(server.port), user or own_name(), str(key or "")]
+    where = ["127.0.0.1", str(server.port), user or server.login, str(key or "")]
     return on_terminal([sys.executable, "-c", TALK, *where], dialog)
 
 
@@ -250,7 +249,8 @@ def test_a_wrong_passphrase_is_refused(sshd: Servers, client: Path) -> None:
     key = keygen(client / "locked", "ed25519", "open sesame")
     _, seen = talk(server, [(f"Passphrase of {key}:", "wrong")] * 3, key=key)
     assert (
-        f"REFUSED 127.0.0.1:{server.port} does not let {own_name()} in: {key} was not opened: wrong passphrase" in seen
+        f"REFUSED 127.0.0.1:{server.port} does not let {server.login} in: {key} was not opened: wrong passphrase"
+        in seen
     )
 
 
@@ -301,7 +301,7 @@ def test_a_users_certificate(kind: str, sshd: Servers, client: Path, agent: Agen
     shutil.copy(f"{authority}.pub", server.directory / "ca.pub")
     server.down_and_up(f"TrustedUserCAKeys {server.directory}/ca.pub")
     key = keygen(client / "key", kind)
-    command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "me", "-n", own_name(), f"{key}.pub"]
+    command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "me", "-n", server.login, f"{key}.pub"]
     subprocess.run(command, check=True, timeout=30)
     assert says(to(server, identity_file=str(key))) == "in"  # from KEY-cert.pub
     agent.add(key)
