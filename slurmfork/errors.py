@@ -80,6 +80,12 @@ class Refused(SlurmforkError):
         self.detail = detail
 
 
+class ConfigError(SlurmforkError):
+    """The file with the profiles of clusters is wrong, or lacks one; the message names file and key."""
+
+    exit_code = 2
+
+
 class TransportError(SlurmforkError):
     """A machine could not be reached, or refused us; the message names it and says what to do."""
 

@@ -12,6 +12,7 @@ import pytest
 from cluster import minicluster  # noqa: F401
 from running import Shell
 from ssh_cluster import ssh_cluster  # noqa: F401
+from sshd import agent, client, login, sshd  # noqa: F401
 
 TORCH = "torch==2.13.0"
 

@@ -12,7 +12,7 @@ import pytest
 from cluster import Factory
 from running import Shell
 
-from slurmfork.cli.main import VERBS
+from slurmfork.cli.main import GROUPS, VERBS
 from slurmfork.head.api import Api
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,11 +27,10 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", [*VERBS, *(f"{group} {verb}" for group in GROUPS for verb in GROUPS[group])])
 def test_every_option_is_documented(verb: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "slurmfork", verb, "--help"], capture_output=True, text=True, check=True, timeout=60
-    )
+    command = [sys.executable, "-m", "slurmfork", *verb.split(), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     page = (ROOT / "docs" / "cli.md").read_text()
     section = page.partition(f"### {verb}\n")[2].partition("### ")[0]
     options = set(re.findall(r"--[a-z-]+", done.stdout))

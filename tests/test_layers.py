@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ["aiohttp", "click", "cryptography", "jinja2", "paramiko", "psutil", "ray", "rich", "yaml"]
+TOML = ["tomllib", "tomli"]
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -31,7 +32,19 @@ def test_the_guardian_imports_no_third_party_at_all() -> None:
 
 def test_help_imports_nothing_of_the_verbs() -> None:
     loaded = loaded_by("from slurmfork.cli.main import main\nmain(['--help'])")
-    assert not loaded.intersection([*HEAVY[4:], "aiohttp", "cryptography", "jinja2", "msgspec", "ssl"])
+    assert not loaded.intersection([*HEAVY[4:], "aiohttp", "cryptography", "jinja2", "msgspec", "ssl", *TOML])
+
+
+def test_paramiko_is_for_ssh_connections_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[clusters.here]\nhost = "localhost"\n')
+    loaded = loaded_by(
+        f"import os; os.environ.update(HOME={str(tmp_path)!r}, SLURMFORK_CONFIG={str(tmp_path / 'config.toml')!r})\n"
+        "from slurmfork import clusters\nfrom slurmfork.remote.transport import run\n"
+        "from slurmfork.cli.main import main\nmain(['cluster', 'list'])\n"
+        "run(clusters.transport_of('here', clusters.find('here')), ['true'])"
+    )
+    assert "slurmfork.remote.local" in loaded
+    assert not loaded.intersection(["paramiko.transport", "cryptography"])
 
 
 @pytest.mark.parametrize(
@@ -42,6 +55,8 @@ def test_help_imports_nothing_of_the_verbs() -> None:
         ("slurmfork.journal", ["slurmfork.run", "slurmfork.spec", "slurmfork.agent", "slurmfork.head"]),
         ("slurmfork.agent.main", ["slurmfork.run", "slurmfork.head", "slurmfork.cli", "slurmfork.plan"]),
         ("slurmfork.head.main", ["slurmfork.cli", "slurmfork.run", "slurmfork.agent", "slurmfork.client"]),
+        ("slurmfork.clusters", ["slurmfork.cli", "slurmfork.run", "slurmfork.head", "slurmfork.agent"]),
+        ("slurmfork.remote.ssh", ["slurmfork.cli", "slurmfork.run", "slurmfork.head", "slurmfork.clusters"]),
         ("slurmfork.run", ["slurmfork.cli", "slurmfork.agent", "slurmfork.head"]),
     ],
 )

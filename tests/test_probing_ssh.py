@@ -15,7 +15,7 @@ import pytest
 from probed import Nodes, all_alive, reason, verdicts
 from processes import wait_until
 from running import Shell
-from sshd import Sshd, free_port, silent_server
+from node_sshd import Sshd, free_port, silent_server
 
 from slurmfork import names, process
 from slurmfork.backends.local import LocalBackend

@@ -17,7 +17,7 @@ import pytest
 from cluster import Factory, MiniCluster
 from processes import wait_until
 from running import Shell
-from sshd import Sshd, free_port
+from node_sshd import Sshd, free_port
 
 from slurmfork import names, process
 

@@ -43,10 +43,22 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "ps": ("look", "The workers of a run."),
         "logs": ("look", "What the workers write, one or all merged."),
     },
+    "Clusters": {
+        "cluster": ("group", "Reach clusters by SSH: add, list, test, trust."),
+    },
     "Upkeep": {
         "clean": ("tidy", "End whatever is left of runs that are over."),
         "prune": ("tidy", "Remove the directories of old runs that are over."),
         "doctor": ("doctor", "Check this machine and its Slurm; says what to do."),
+    },
+}
+# The verbs that are groups: the same for what is in them. The function in the module is called verb_name.
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "cluster": {
+        "add": ("cluster", "Write a profile."),
+        "list": ("cluster", "Show the profiles."),
+        "test": ("cluster", "Go to a cluster step by step; says what to do."),
+        "trust": ("cluster", "Accept the host key of a cluster."),
     },
 }
 VERBS: dict[str, tuple[str, str]] = {name: entry for section in SECTIONS.values() for name, entry in section.items()}

@@ -26,6 +26,9 @@ KINDS: dict[type[errors.SlurmforkError], str] = {
     errors.RunDirError: "run_dir",
     errors.Unreachable: "unreachable",
     errors.StillAlive: "still_alive",
+    errors.ConfigError: "config",
+    errors.ConnectionLost: "connection_lost",
+    errors.TransportError: "transport",
 }
 STYLES = {
     "ready": "green",

@@ -1,0 +1,48 @@
+"""Whether a host is this machine: by its name, or because its address is one of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import socket
+from pathlib import Path
+
+
+def own_name() -> str:
+    """This user's name, as the system knows it; what the environment says may be somebody else's."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return os.environ.get("USER", str(os.getuid()))
+
+
+def is_this_machine(host: str, user: str | None) -> bool:
+    """Whether ``ssh host`` would lead to this user on this machine, whatever ~/.ssh/config calls it."""
+    if not (Path.home() / ".ssh" / "config").exists():
+        return user in (None, own_name()) and _is_ours(host)
+    from slurmfork.remote.sshconfig import PORT, Hop, SshConfig
+
+    settings = SshConfig().settings(Hop(host, user))
+    straight = settings.port == PORT and not settings.jumps and settings.proxy_command is None
+    return straight and settings.user == own_name() and _is_ours(settings.host)
+
+
+def _is_ours(host: str) -> bool:
+    """An address is ours if we can bind to it."""
+    if host.lower() in ("localhost", socket.gethostname().lower()):
+        return True
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return False
+    for family, kind, _, _, address in found:
+        with socket.socket(family, kind) as probe:
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:
+                    continue
+                return False
+            return True
+    return False
