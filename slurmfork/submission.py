@@ -44,7 +44,7 @@ def submit(
         raise UsageError(f"overrides is a list of key=value, not the text {overrides!r}")
     source = None if isinstance(spec, Spec) else Path(spec)
     spec = _read(spec, overrides, backend)
-    secrets = _secrets(spec, os.environ if environment is None else environment)
+    values = secrets(spec, os.environ if environment is None else environment)
     asked = plan.request(spec)
     giver = backends.get(spec.backend)
     directory = _new_rundir(Path(root).absolute() if root else rundir.default_root(), spec.name)
@@ -67,7 +67,7 @@ def submit(
         nodes=asked.nodes,
         requeue=spec.requeue and spec.backend == "slurm",
     )
-    _fill(directory, spec, script, record, secrets, source)
+    _fill(directory, spec, script, record, values, source)
     try:
         job = giver.submit(directory, spec, asked)
     except Unanswered as error:
@@ -105,15 +105,15 @@ def _fill(
     spec: Spec,
     script: str,
     record: RunRecord,
-    secrets: dict[str, str],
+    values: dict[str, str],
     source: Path | None,
 ) -> None:
     directory.write(directory.spec, spec.to_json())
     directory.write(directory.script, script.encode(), executable=True)
     if source is not None:
         directory.write(directory.source, source.read_bytes())
-    if secrets:
-        directory.write(directory.secrets, msgspec.json.encode(secrets))
+    if values:
+        directory.write(directory.secrets, msgspec.json.encode(values))
     directory.write_record(directory.record, record)
 
 
@@ -123,7 +123,8 @@ def _remove(directory: RunDir) -> None:
     shutil.rmtree(directory.path, ignore_errors=True)
 
 
-def _secrets(spec: Spec, environment: Mapping[str, str]) -> dict[str, str]:
+def secrets(spec: Spec, environment: Mapping[str, str]) -> dict[str, str]:
+    """The values of the spec's secrets; raises UsageError, naming those that the environment does not have."""
     missing = [name for name in spec.secrets if name not in environment]
     if missing:
         raise UsageError(f"secrets not set in the environment: {', '.join(missing)}; export them, then submit again")
