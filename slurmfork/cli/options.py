@@ -105,7 +105,9 @@ class RunName(_Type):
 
         root = Path(ctx.params.get("root") or os.environ.get("SLURMFORK_ROOT") or "~/.slurmfork/runs").expanduser()
         try:
-            found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
+            found = sorted(
+                entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False) and entry.name[0] != "."
+            )
         except OSError:
             found = []
         return [CompletionItem(name) for name in [*found, "last"] if name.startswith(incomplete)]
@@ -161,6 +163,7 @@ set_option = click.option(
     multiple=True,
     help="Override a value of the spec, e.g. roles.rollout.replicas=4. Can be repeated.",
 )
+code_option = click.option("--code", hidden=True, metavar="NAME", help="Code that was sent from elsewhere before.")
 template_option = click.option(
     "--template",
     "-t",
