@@ -20,7 +20,7 @@ import click
 from click.core import ParameterSource
 
 from slurmfork import clusters
-from slurmfork.cli import output
+from slurmfork.cli import output, sending
 from slurmfork.errors import UsageError
 from slurmfork.remote.frames import Hello, Request, Terminal
 from slurmfork.remote.visit import Ear, NotThere, OtherVersion, Show, Visit
@@ -28,7 +28,8 @@ from slurmfork.version import __version__
 
 if TYPE_CHECKING:
     from slurmfork.clusters import Profile
-    from slurmfork.spec import Spec
+    from slurmfork.remote.upload import Upload
+    from slurmfork.spec import Code, Spec
 
 # Done once, whatever becomes of the connection; the other verbs only look, and are simply asked again.
 CHANGING = frozenset({"submit", "run", "fork", "stop", "cancel", "clean", "prune"})
@@ -39,8 +40,12 @@ PATIENT = 3  # signals after which we leave, even if the far side does not answe
 def run(ctx: click.Context, cluster: str) -> int:
     """Run the verb of ``ctx`` on a cluster; returns its exit status."""
     profile = clusters.load(cluster)
-    request = _request(ctx, profile)
+    request, spec = _request(ctx, profile)
     verb = request.args[0]
+    bar = sending.Bar(cluster)
+    upload = (
+        _upload(spec.code, ctx.params.get("root") or profile.root, bar) if spec and spec.code and request.once else None
+    )
     visit = Visit(
         lambda: clusters.transport_of(profile),
         profile.python,
@@ -48,9 +53,10 @@ def run(ctx: click.Context, cluster: str) -> int:
         Ear(_writer(sys.stdout), _writer(sys.stderr), output.complain),
         show=_show(request),
         check=lambda hello: _check(hello, cluster, changing=verb in CHANGING),
+        upload=upload,
     )
     try:
-        with _signals(visit):
+        with _signals(visit), bar:
             return visit.run()
     except NotThere as error:
         raise NotThere(f"{error}; `slurmfork cluster bootstrap {cluster}` puts it there") from None
@@ -109,7 +115,7 @@ def _signals(visit: Visit) -> Iterator[None]:
 # --- what was typed, as a request
 
 
-def _request(ctx: click.Context, profile: Profile) -> Request:
+def _request(ctx: click.Context, profile: Profile) -> tuple[Request, Spec | None]:
     verb = ctx.command.name or ""
     made = Request(request_id=uuid.uuid4().hex, args=[verb], once=verb in CHANGING, terminal=_terminal())
     spec = _read_spec(ctx, profile, made) if isinstance(ctx.params.get("spec"), Path) else None
@@ -130,13 +136,27 @@ def _request(ctx: click.Context, profile: Profile) -> Request:
         _send_file(made, "--template", template)
     if spec and (own := spec.slurm.get("template")):  # it will lie beside the spec
         made.args += ["--set", f"slurm.template={_add_file(made, Path(str(own)))}"]
+    if spec and spec.code:  # it is sent, and not looked for beside the spec over there
+        made.args += ["--set", "code.path=."]
     made.args.append("--")
     for param, value in arguments:
-        if param.name == "spec":
+        if param.name == "spec" and value is not None:
             _send_file(made, None, value)
         elif value is not None:
             made.args += map(str, value) if param.nargs == -1 else [str(value)]
-    return made
+    return made, spec
+
+
+def _upload(code: Code, root: str | None, bar: sending.Bar) -> Upload:
+    """What goes first; what may not go is refused before anything is sent."""
+    from slurmfork import rundir
+    from slurmfork.code.listing import listing
+    from slurmfork.remote.upload import Upload
+
+    found = listing(code, avoid=[rundir.default_root()])
+    for note in found.notes:
+        output.complain(note)
+    return Upload(found, root, bar, output.complain)
 
 
 def _read_spec(ctx: click.Context, profile: Profile, made: Request) -> Spec:

@@ -12,13 +12,15 @@ from typing import Any
 
 import click
 
-from slurmfork import aftermath
+from slurmfork import aftermath, rundir
 from slurmfork.aftermath import Aftermath
 from slurmfork.cli import output
 from slurmfork.cli.options import RUN, Seconds, verb
+from slurmfork.code.store import Store
 from slurmfork.errors import Refused, RunDirError, SlurmforkError, UsageError
 from slurmfork.observe import RunStatus
 from slurmfork.run import Run, statuses
+from slurmfork.spec.sizes import in_words
 
 
 @verb("clean", prints_data=True, examples=["slurmfork clean last", "slurmfork clean --all"])
@@ -105,6 +107,8 @@ def _tell(run_id: str, after: Aftermath, *, as_json: bool) -> None:
 def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
     """Remove the directories of runs that ended longer ago than D, with their logs.
 
+    Code that came from elsewhere, and that no submit has asked for since D, goes too; runs have copies of their own.
+
     Never touches a run that is alive, or of which nobody knows whether it is. Should something of the others
     still run on this machine, it is ended first; if that fails, the directory is kept.
     """
@@ -114,10 +118,12 @@ def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
     if old and not yes:
         _ask(old)
     removed = [one.run_id for one in old if _nothing_left(one) and _remove(one)]
+    objects, size = Store(rundir.root_of(root)).prune(older_than)
     if as_json:
-        output.document({"removed": removed})
+        output.document({"removed": removed, "code": {"files": objects, "bytes": size}})
     else:
-        output.say(f"{output.plural(len(removed), 'run')} removed")
+        sent = f", and {in_words(size)} of code that was sent and not used since" if objects else ""
+        output.say(f"{output.plural(len(removed), 'run')} removed{sent}")
     return 0 if len(removed) == len(old) else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,7 +81,16 @@ def _add_rules(rules: _Rules, file: Path, prefix: str) -> None:
         lines = file.read_text(errors="replace").splitlines()
     except OSError:
         return
-    rules.append((prefix, patterns(lines, str(file))))
+    rules.append((prefix, patterns([line for line in lines if _is_pattern(line)], str(file))))
+
+
+def _is_pattern(line: str) -> bool:
+    """git takes no offence at what is none, either."""
+    try:
+        patterns([line], "")
+    except UsageError:
+        return False
+    return True
 
 
 def patterns(lines: Sequence[str], source: str) -> GitIgnoreSpec:
@@ -89,5 +99,5 @@ def patterns(lines: Sequence[str], source: str) -> GitIgnoreSpec:
 
     try:
         return GitIgnoreSpec.from_lines(lines)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UsageError(f"{source}: {error}") from None

@@ -19,15 +19,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from slurmfork import names
+from slurmfork import installation, names
 from slurmfork.errors import SlurmforkError
 from slurmfork.remote import errand, spool
 from slurmfork.remote.frames import MAGIC, PROTOCOL, Exit, Frame, Hello, Kind, Request, Unpacker, pack
 from slurmfork.remote.spool import Spool
 from slurmfork.version import __version__
+
+if TYPE_CHECKING:
+    from slurmfork.remote.reception import Reception
 
 POLL_S = 0.02  # between two looks at the files of an errand
 PIECE = 65_536
@@ -48,9 +52,18 @@ class Door:
         self._frames = Unpacker(greeted=False)
         self._signals: list[int] = []
         self._thanked = False
+        self._reception: Reception | None = None
+        self._closed = False  # to code: an attempt to take it in has failed
 
     def serve(self) -> None:
         """Serve requests, one after the other, until the client leaves."""
+        try:
+            self._serve()
+        finally:
+            if self._reception is not None:
+                self._reception.close()
+
+    def _serve(self) -> None:
         hello = Hello(protocol=PROTOCOL, version=__version__, python=sys.version.split()[0], host=socket.gethostname())
         self._write(MAGIC + pack(Kind.HELLO, msgspec.json.encode(hello)))
         while (request := self._next()) is not None:
@@ -68,7 +81,24 @@ class Door:
             for frame in self._read():
                 if frame.kind is Kind.REQUEST:
                     return msgspec.msgpack.decode(frame.data, type=Request)
+                if frame.kind in (Kind.ASK, Kind.PIECE):
+                    self._take_in(frame)
                 self._note(frame.kind, frame.data)
+
+    def _take_in(self, frame: Frame) -> None:
+        """Code comes before the request that it is for. What fails is told once; the client hears it and leaves."""
+        if self._closed:
+            return
+        if self._reception is None:
+            from slurmfork.remote.reception import Reception
+
+            self._reception = Reception(self._tell)
+        try:
+            self._reception.take(frame)
+        except SlurmforkError as error:
+            self._closed = True
+            self._tell(Kind.ERRORS, f"slurmfork: {error}\n".encode())
+            self._tell(Kind.EXIT, msgspec.json.encode(Exit(status=error.exit_code)))
 
     def _settle(self, request: Request) -> None:
         """Forget an errand once the client has said that it has it all; it may come back for it otherwise."""
@@ -260,6 +290,7 @@ def _as_at_login() -> None:
 
 def main() -> int:
     """Serve one client."""
+    installation.settle()
     for name in [name for name in os.environ if name.startswith("SLURMFORK_") and name != names.ROOT]:
         del os.environ[name]
     _as_at_login()

@@ -85,6 +85,8 @@ def _run(request: Request, directory: Path, marks: int | None) -> int:
     args = list(request.args)
     for place in request.paths:
         args[place] = str(directory / args[place])
+    if request.code:
+        args[1:1] = ["--code", request.code]
     from slurmfork.cli.main import main
 
     return main(args)

@@ -22,16 +22,20 @@ _HEAD = struct.Struct(">cI")
 
 
 class Kind(Enum):
-    """Kinds of frames; the first three go to the far side, the others come from there."""
+    """Kinds of frames; the first five go to the far side, the others come from there."""
 
     REQUEST = b"R"
     SIGNAL = b"S"
     THANKS = b"T"
+    ASK = b"A"
+    PIECE = b"P"
     HELLO = b"H"
     OUTPUT = b"O"
     ERRORS = b"E"
     MARK = b"M"
     EXIT = b"X"
+    ABSENT = b"N"
+    TAKEN = b"K"
 
 
 class Frame(NamedTuple):
@@ -57,7 +61,7 @@ class Request(Struct, kw_only=True):
     ``files`` are laid down for it; a word whose place is in ``paths`` is the name of one, and becomes its path.
     ``secrets`` go into the environment of that process and into no other place. With ``once`` it is done once, however
     often ``request_id`` comes, and what it wrote is told from ``seen`` (bytes of output and of errors) on; without,
-    it begins at ``mark``, the last word on where it was.
+    it begins at ``mark``, the last word on where it was. ``code`` names the code that was sent before, if any was.
     """
 
     request_id: str
@@ -69,6 +73,27 @@ class Request(Struct, kw_only=True):
     once: bool = False
     seen: tuple[int, int] = (0, 0)
     mark: str = ""
+    code: str = ""
+
+
+class Ask(Struct, kw_only=True):
+    """Which of these contents (SHA-256 and size) are not in the store under ``root``? (None: as is usual there.)"""
+
+    root: str | None
+    wanted: list[tuple[bytes, int]]
+
+
+class Absent(Struct):
+    """The answer to an ASK: their numbers."""
+
+    numbers: list[int]
+
+
+class Piece(Struct, array_like=True):
+    """A piece of a content, in order; the last one has the SHA-256 of all of it. TAKEN answers each."""
+
+    data: bytes
+    digest: bytes | None = None
 
 
 class Hello(Struct, kw_only=True):

@@ -1,6 +1,7 @@
 """A visit: a verb is run over there by the door, and what it prints comes here, whatever the connection goes through.
 
-A connection that is lost is made anew; what was asked is done once, and nothing is shown twice.
+A connection that is lost is made anew; what was asked is done once, and nothing is shown twice. Code that a submit
+needs goes first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -21,6 +22,9 @@ from slurmfork.errors import ConnectionLost, SlurmforkError, TransportError, one
 from slurmfork.remote.frames import PROTOCOL, Exit, Frame, Hello, Kind, Mark, Request, Unpacker, pack
 from slurmfork.remote.transport import Channel, Transport
 from slurmfork.version import __version__
+
+if TYPE_CHECKING:
+    from slurmfork.remote.upload import Upload
 
 HELLO_S = 60.0
 PATIENCE_S = 120.0  # for a connection to come back
@@ -34,6 +38,13 @@ class OtherVersion(SlurmforkError):
 
 class NotThere(TransportError):
     """There is no slurmfork over there, or not where the profile says."""
+
+
+class GaveUp(Exception):
+    """The far side could not take the code, and has said why; ``status`` is what the verb would have exited with."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
 
 
 class Ear(NamedTuple):
@@ -64,9 +75,11 @@ class Visit:
         *,
         show: Show = Show.AT_ONCE,
         check: Callable[[Hello], None] = lambda hello: None,
+        upload: Upload | None = None,
     ) -> None:
         self._connect, self._python, self._request, self._ear = transport, python, request, ear
-        self._show_when, self._check = show, check
+        self._show_when, self._check, self._upload = show, check, upload
+        self._welcomed = False
         self._asked = False  # whether the far side may have the request
         self._channel: Channel | None = None
         self._output = _Output(show, ear.out)
@@ -83,7 +96,8 @@ class Visit:
                     return INTERRUPTED
                 if self._progress != before:
                     tries, limit, before = 0, time.monotonic() + PATIENCE_S, self._progress
-                if not self._asked or time.monotonic() > limit:
+                begun = self._asked or (self._welcomed and self._upload is not None)
+                if not begun or time.monotonic() > limit:
                     raise self._final(error) from None
                 self._ear.say(f"{error}; trying again")
                 time.sleep(PAUSES[min(tries, len(PAUSES) - 1)] * random.uniform(0.8, 1.2))  # noqa: S311
@@ -103,7 +117,8 @@ class Visit:
 
     @property
     def _progress(self) -> tuple[object, ...]:
-        return (self._asked, self._request.seen, self._request.mark)
+        taken = self._upload.taken if self._upload is not None else 0
+        return (self._asked, self._request.seen, self._request.mark, taken)
 
     def _final(self, error: ConnectionLost) -> TransportError:
         if self._asked and self._request.once:
@@ -112,6 +127,12 @@ class Visit:
 
     def _try(self) -> int:
         with self._opened() as (channel, frames):
+            self._welcomed = True
+            if self._upload is not None and not self._asked:  # then it is there, whatever became of the request
+                try:
+                    self._request.code = self._upload.send(channel, self._but_errors(frames))
+                except GaveUp as error:
+                    return error.status
             self._asked = True
             self._output.begin()
             channel.send(pack(Kind.REQUEST, msgspec.msgpack.encode(self._request)))
@@ -128,6 +149,13 @@ class Visit:
             finally:
                 self._channel = None
         raise ConnectionLost("the door over there closed")
+
+    def _but_errors(self, frames: Iterator[Frame]) -> Iterator[Frame]:
+        for frame in frames:
+            if frame.kind is Kind.ERRORS:
+                self._ear.err(frame.data)
+            else:
+                yield frame
 
     def _take(self, frame: Frame) -> None:
         out, err = self._request.seen
