@@ -370,4 +370,3 @@ def test_mistakes_are_told_with_their_lines(local: Shell, tree: Tree) -> None:
     assert local.call("validate", str(spec), "--set", f"code={tree.path}").returncode == 0
     spec = local.spec(f"name: x\ncode: {tree.path}\nroles: {{a: {{command: [x]}}}}\n")
     assert local.call("validate", str(spec), "--set", "code.limit=5G").returncode == 0
-
