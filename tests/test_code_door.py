@@ -139,9 +139,9 @@ def test_only_what_changed_goes(sender: Sender) -> None:
 def test_an_upload_that_is_cut_goes_on_where_it_was(sender: Sender) -> None:
     for number in range(300):
         (sender.tree / f"{number}.txt").write_text(str(number))
-    sender.visitor.way.cuts = [1300, 900]  # in the middle of the words that say what was taken
+    sender.visitor.way.cuts = [300, 500, 1300]  # twice in the answer to what is missing, then while it is sent
     code = sender.submit()
-    assert sender.visitor.way.opened == 3
+    assert sender.visitor.way.opened == 4
     assert sum(1 for _ in code.iterdir()) == 305
     totals = list(dict.fromkeys(total for _, total in sender.bar.shown))
     assert len(totals) > 1
