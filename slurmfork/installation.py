@@ -6,6 +6,7 @@ it: a run, and a process, keep the installation that they began with. Imports no
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -31,3 +32,13 @@ def settle() -> None:
     for module in list(sys.modules.values()):
         if isinstance(places := getattr(module, "__path__", None), list):
             places[:] = map(settled, places)
+
+
+def note_use(run_dir: str) -> None:
+    """Leave word in an installation that a bootstrap made that a run needs it, so that it is not removed."""
+    place = os.path.dirname(os.path.dirname(python()))  # noqa: PTH120
+    if os.path.exists(os.path.join(place, ".complete")):  # noqa: PTH110, PTH118
+        runs = os.path.join(place, "runs")  # noqa: PTH118
+        with contextlib.suppress(OSError):
+            os.makedirs(runs, mode=0o700, exist_ok=True)  # noqa: PTH103
+            os.symlink(run_dir, os.path.join(runs, os.path.basename(run_dir)))  # noqa: PTH118, PTH119, PTH211

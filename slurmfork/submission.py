@@ -79,6 +79,7 @@ def submit(
         if provision:
             provision.lay(directory.code)
         _fill(directory, spec, script, record, values, source)
+        installation.note_use(str(directory.path))
         job = giver.submit(directory, spec, asked)
     except Unanswered as error:
         run_id = directory.run_id
