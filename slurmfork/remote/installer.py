@@ -95,7 +95,9 @@ def _make(place: Path, incoming: Path, header: dict[str, Any]) -> None:
         raise Failed(f"{sys.executable} has no module venv; have it installed, or name another with --python") from None
     venv.EnvBuilder(with_pip=False, symlinks=True).create(place)
     place.chmod(0o700)
-    pip = next(incoming.glob("pip-*.whl"))
+    pip = next(incoming.glob("pip-*.whl"), None)
+    if pip is None:
+        raise Failed("pip is not among what was sent")
     options = ["--no-index", "--find-links", str(incoming), "--only-binary", ":all:", "--no-cache-dir"]
     quiet = ["--isolated", "--disable-pip-version-check", "--no-warn-script-location", "-q"]
     wanted = f"slurmfork=={header['version']}"

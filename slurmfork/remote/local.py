@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import socket
@@ -58,7 +59,8 @@ class LocalChannel:
         self._selector.close()
         for stream in (self._child.stdin, self._child.stdout, self._child.stderr):
             assert stream
-            stream.close()
+            with contextlib.suppress(BrokenPipeError):  # what was not taken any more
+                stream.close()
 
 
 class LocalTransport:
