@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from cluster import Factory
+from processes import wait_until
 from running import Shell
 
 from slurmfork.code import git, laying, manifest
@@ -370,3 +372,27 @@ def test_mistakes_are_told_with_their_lines(local: Shell, tree: Tree) -> None:
     assert local.call("validate", str(spec), "--set", f"code={tree.path}").returncode == 0
     spec = local.spec(f"name: x\ncode: {tree.path}\nroles: {{a: {{command: [x]}}}}\n")
     assert local.call("validate", str(spec), "--set", "code.limit=5G").returncode == 0
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(180)
+def test_a_job_works_in_its_copy(minicluster: Factory, tree: Tree, tmp_path: Path) -> None:
+    cluster = minicluster(nodes=2, gpus=0)
+    shell = Shell(tmp_path, {"SLURM_CONF": cluster.env["SLURM_CONF"]})
+    tree.write("sub/b.py")
+    spec = shell.spec(
+        """
+        name: code
+        code: {path: my code}
+        setup: echo from setup >> setup.txt
+        roles:
+          a: {per_node: 1, command: [sh, -c, "pwd; cat setup.txt; sleep 1000"]}
+        nodes: 2
+        """
+    )
+    run_id = shell.ready(spec)
+    for index in (0, 1):
+        log = shell.root / run_id / "logs" / f"a-{index}.log"
+        wait_until(lambda log=log: log.exists() and log.read_text().count("\n") == 2, "both lines")  # type: ignore[misc]
+        assert log.read_text() == f"{shell.root / run_id / 'code'}\nfrom setup\n"
+    shell.end()

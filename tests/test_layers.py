@@ -7,7 +7,19 @@ import sys
 
 import pytest
 
-HEAVY = "aiohttp click cryptography jinja2 packaging paramiko pathspec psutil ray rich yaml".split()
+HEAVY = [
+    "aiohttp",
+    "click",
+    "cryptography",
+    "jinja2",
+    "packaging",
+    "paramiko",
+    "pathspec",
+    "psutil",
+    "ray",
+    "rich",
+    "yaml",
+]
 
 
 def loaded_by(statement: str) -> set[str]:
