@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +83,15 @@ def _nth_last_newline(piece: bytes, count: int) -> int:
 class Tail:
     """One growing file, read piece by piece from where the last look ended."""
 
-    def __init__(self, path: Path, last: int | None = None) -> None:
+    def __init__(self, path: Path, last: int | None = None, offset: int = 0) -> None:
         self.path = path
         self._last = last
-        self._offset: int | None = None if last is not None else 0
+        self._offset: int | None = None if last is not None else offset
+
+    @property
+    def offset(self) -> int:
+        """How far it was read, in bytes."""
+        return self._offset or 0
 
     def pieces(self, *, insist: bool = False) -> Iterator[bytes]:
         """What was appended since the last look, as far as the file reached when this look began.
@@ -117,8 +122,9 @@ class Tail:
 class Lines:
     """One growing file as lines, without their ends; of a line that was drawn over, what was drawn last."""
 
-    def __init__(self, path: Path, last: int | None = None) -> None:
-        self._tail = Tail(path, last)
+    def __init__(self, path: Path, last: int | None = None, offset: int = 0) -> None:
+        self._tail = Tail(path, last, offset)
+        self._at = offset
         self._rest = b""
         self._bar_shown = time.monotonic()
 
@@ -126,14 +132,23 @@ class Lines:
         """The lines finished since the last look; with ``final`` also what is left of an unfinished one."""
         for piece in self._tail.pieces(insist=final):
             *whole, rest = piece.split(b"\n")
+            self._at = self._tail.offset - len(piece) - len(self._rest)
             for line in whole:
-                yield _visible(self._rest + line)
+                line = self._rest + line
                 self._rest = b""
+                self._at += len(line) + 1
+                yield _visible(line)
             self._rest += rest
             if len(self._rest) > LONGEST_LINE:
                 yield self._take()
+        self._at = self._tail.offset - len(self._rest)
         if self._rest and (final or self._bar_is_due()):
             yield self._take()
+
+    @property
+    def offset(self) -> int:
+        """Where the first line begins that was not given away, in bytes."""
+        return self._at
 
     def _bar_is_due(self) -> bool:
         now = time.monotonic()
@@ -144,6 +159,7 @@ class Lines:
 
     def _take(self) -> bytes:
         rest, self._rest = self._rest, b""
+        self._at += len(rest)
         return _visible(rest)
 
 
@@ -156,12 +172,24 @@ def _visible(line: bytes) -> bytes:
 class Merged:
     """The logs of a run, or of one of its roles, as lines with who wrote them; new logs join in."""
 
-    def __init__(self, rundir: RunDir, role: str | None = None, last: int | None = None) -> None:
+    def __init__(
+        self,
+        rundir: RunDir,
+        role: str | None = None,
+        last: int | None = None,
+        offsets: Mapping[str, int] | None = None,
+    ) -> None:
         self._rundir = rundir
         self._role = role
         self._last = last
+        self._offsets = offsets or {}
         self._known: dict[Source, Lines] = {}
-        self._looked = False
+        self._looked = offsets is not None
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """How far each log was read, by the worker's name: where another one may go on."""
+        return {source.label: lines.offset for source, lines in self._known.items()}
 
     @property
     def sources(self) -> list[Source]:
@@ -172,7 +200,8 @@ class Merged:
         """Lines that came since the last look, log by log: between two logs there is no order to keep."""
         for source in sources(self._rundir, self._role):
             if source not in self._known:  # a log that began later is new from its first line on
-                self._known[source] = Lines(source.path, None if self._looked else self._last)
+                last = None if self._looked else self._last
+                self._known[source] = Lines(source.path, last, self._offsets.get(source.label, 0))
         self._looked = True
         for source in self.sources:
             for line in self._known[source].new(final=final):

@@ -59,6 +59,7 @@ LIVE_STATES = frozenset({WorkerState.STARTING, WorkerState.READY, WorkerState.RU
 OVER_STATES = frozenset({WorkerState.EXITED, WorkerState.FAILED, WorkerState.STOPPED})
 
 ROOT = "SLURMFORK_ROOT"
+CLUSTER = "SLURMFORK_CLUSTER"
 RUN_ID = "SLURMFORK_RUN_ID"
 RUN_DIR = "SLURMFORK_RUN_DIR"
 NODE = "SLURMFORK_NODE"
@@ -71,6 +72,7 @@ TARGET = "SLURMFORK_TARGET"
 HEAD = "SLURMFORK_HEAD"
 ATTEMPT = "SLURMFORK_ATTEMPT"
 SSH_CONFIG = "SLURMFORK_SSH_CONFIG"
+MARKS = "SLURMFORK_MARKS"  # DESCRIPTOR:TEXT, for `logs` to tell where it is and to begin again there
 KILL_WAIT = "SLURMFORK_KILL_WAIT"
 DEVICE_FILES = "SLURMFORK_DEVICE_FILES"
 # What torchrun tells each of its workers, and so do we.

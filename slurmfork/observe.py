@@ -18,7 +18,7 @@ from slurmfork.client import Client
 from slurmfork.errors import RunDirError, SlurmforkError
 from slurmfork.messages import NodeView, StatusView, WorkerCounts, WorkerView
 from slurmfork.names import ENDED_STATES, OVER_STATES, RunState, WorkerState
-from slurmfork.rundir import EndRecord, HeadRecord, RunDir, RunRecord
+from slurmfork.rundir import CodeRecord, EndRecord, HeadRecord, RunDir, RunRecord
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class RunStatus(msgspec.Struct, kw_only=True):
 
     ``source`` says whose word this is (``end``, ``head``, ``saved``, ``scheduler``, ``submit``) and ``age`` how
     many seconds old it is. ``scheduler`` is the scheduler's own word for the job, where it was asked. ``attempt``
-    counts how often it was requeued.
+    counts how often it was requeued. ``code`` is where the code that was sent along came from.
     """
 
     run_id: str
@@ -57,6 +57,7 @@ class RunStatus(msgspec.Struct, kw_only=True):
     ended: float | None = None
     run_dir: str = ""
     attempt: int = 0
+    code: CodeRecord | None = None
 
     @property
     def over(self) -> bool:
@@ -104,6 +105,7 @@ class Observation:
             scheduler=report.word if report else "",
             age=time.time() - self.record.submitted,
             attempt=self.head.attempt if self.head else 0,
+            code=self.record.code,
         )
         view = self._ask_head() if self.end is None else None
         if view is not None:

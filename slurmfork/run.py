@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slurmfork import backends, rundir
@@ -64,13 +63,13 @@ class Run:
     @classmethod
     def load(cls, wanted: str, root: str | os.PathLike[str] | None = None) -> Run:
         """The run that ``wanted`` names: a run id, a unique prefix, a job id or ``last``; raises RunNotFound."""
-        return cls._of(rundir.find(Path(root).absolute() if root else rundir.default_root(), wanted))
+        return cls._of(rundir.find(rundir.root_of(root), wanted))
 
     @classmethod
     def all(cls, root: str | os.PathLike[str] | None = None) -> list[Run]:
         """Every run under the root, oldest first; but for those whose record is damaged."""
         found = []
-        for entry in rundir.run_dirs(Path(root).absolute() if root else rundir.default_root()):
+        for entry in rundir.run_dirs(rundir.root_of(root)):
             with suppress(RunDirError):
                 found.append(cls._of(entry))
         return sorted(found, key=lambda run: run.record.submitted)

@@ -26,6 +26,26 @@ T = TypeVar("T")
 _ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
 
 
+class GitRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What git said of a run's code. ``changed``: git's two letters and a path each, ``more`` of them left out."""
+
+    commit: str | None
+    branch: str | None
+    dirty: bool
+    changed: list[str] = []
+    more: int = 0
+
+
+class CodeRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Where a run's code came from. ``size`` in bytes."""
+
+    source: str
+    host: str
+    files: int
+    size: int
+    git: GitRecord | None = None
+
+
 class RunRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """``run.json``: what the submitter knows of a run. Times are seconds since the epoch."""
 
@@ -40,6 +60,7 @@ class RunRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     cluster: str | None = None
     nodes: int | None = None
     requeue: bool = False
+    code: CodeRecord | None = None
 
 
 class HeadRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -146,6 +167,11 @@ class RunDir:
         return self.path / "sweep.jsonl"
 
     @property
+    def code(self) -> Path:
+        """The code that was sent along, if any: the working directory of the workers."""
+        return self.path / "code"
+
+    @property
     def credentials(self) -> Path:
         return self.path / "credentials"
 
@@ -183,7 +209,7 @@ class RunDir:
     def make(self) -> None:
         """Create the directory tree, private; raises RunDirError if it exists or cannot be written."""
         try:
-            _make_private(self.path.parent)
+            make_private(self.path.parent)
             for path in (self.path, self.credentials, self.logs, self.agents, self.journals):
                 path.mkdir(mode=0o700)
                 path.chmod(0o700)
@@ -239,10 +265,10 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = 
         raise
 
 
-def _make_private(path: Path) -> None:
+def make_private(path: Path) -> None:
     """Make a directory, and what is missing above it: whoever could write there could put another in its place."""
     if not path.is_dir():
-        _make_private(path.parent)
+        make_private(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
 
 
@@ -265,6 +291,11 @@ def default_root() -> Path:
     """SLURMFORK_ROOT, or ~/.slurmfork/runs: where run directories live."""
     value = os.environ.get(names.ROOT)
     return Path(value).expanduser().absolute() if value else Path.home() / ".slurmfork" / "runs"
+
+
+def root_of(given: str | os.PathLike[str] | None) -> Path:
+    """Where run directories live: the place that was given, else the default."""
+    return Path(given).absolute() if given else default_root()
 
 
 def new_run_id(name: str) -> str:

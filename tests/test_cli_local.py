@@ -345,10 +345,10 @@ def test_clean_and_prune_leave_the_living_alone(local: Shell, run_id: str) -> No
     done = local.call("clean", run_id)
     assert done.returncode == 1
     assert "is ready; cancel it first" in done.stderr
-    assert local.json("prune", "--older-than", "0s", "--yes") == {"removed": []}
+    assert local.json("prune", "--older-than", "0s", "--yes")["removed"] == []
     assert local.status(run_id)["state"] == "ready"
     local.call("cancel", run_id)
-    assert local.json("prune", "--older-than", "0s", "--yes") == {"removed": [run_id]}
+    assert local.json("prune", "--older-than", "0s", "--yes")["removed"] == [run_id]
 
 
 def test_a_cancel_right_after_the_submission_leaves_nothing(local: Shell) -> None:

@@ -10,8 +10,20 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ["aiohttp", "click", "cryptography", "jinja2", "paramiko", "psutil", "ray", "rich", "yaml"]
 TOML = ["tomllib", "tomli"]
+HEAVY = [
+    "aiohttp",
+    "click",
+    "cryptography",
+    "jinja2",
+    "packaging",
+    "paramiko",
+    "pathspec",
+    "psutil",
+    "ray",
+    "rich",
+    "yaml",
+]
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -32,7 +44,7 @@ def test_the_guardian_imports_no_third_party_at_all() -> None:
 
 def test_help_imports_nothing_of_the_verbs() -> None:
     loaded = loaded_by("from slurmfork.cli.main import main\nmain(['--help'])")
-    assert not loaded.intersection([*HEAVY[4:], "aiohttp", "cryptography", "jinja2", "msgspec", "ssl", *TOML])
+    assert not loaded.intersection([*(set(HEAVY) - {"click"}), "msgspec", "ssl", *TOML])
 
 
 def test_paramiko_is_for_ssh_connections_alone(tmp_path: Path) -> None:
@@ -53,10 +65,18 @@ def test_paramiko_is_for_ssh_connections_alone(tmp_path: Path) -> None:
         ("slurmfork.spec.reader", ["slurmfork.backends", "slurmfork.run", "slurmfork.cli", "slurmfork.head"]),
         ("slurmfork.plan", ["slurmfork.backends", "slurmfork.run", "slurmfork.rundir", "slurmfork.head"]),
         ("slurmfork.journal", ["slurmfork.run", "slurmfork.spec", "slurmfork.agent", "slurmfork.head"]),
-        ("slurmfork.agent.main", ["slurmfork.run", "slurmfork.head", "slurmfork.cli", "slurmfork.plan"]),
-        ("slurmfork.head.main", ["slurmfork.cli", "slurmfork.run", "slurmfork.agent", "slurmfork.client"]),
         ("slurmfork.clusters", ["slurmfork.cli", "slurmfork.run", "slurmfork.head", "slurmfork.agent"]),
         ("slurmfork.remote.ssh", ["slurmfork.cli", "slurmfork.run", "slurmfork.head", "slurmfork.clusters"]),
+        (
+            "slurmfork.agent.main",
+            ["slurmfork.run", "slurmfork.head", "slurmfork.cli", "slurmfork.plan", "slurmfork.code"],
+        ),
+        (
+            "slurmfork.head.main",
+            ["slurmfork.cli", "slurmfork.run", "slurmfork.agent", "slurmfork.client", "slurmfork.code"],
+        ),
+        ("slurmfork.code.provision", ["slurmfork.cli", "slurmfork.remote", "slurmfork.run", "slurmfork.backends"]),
+        ("slurmfork.remote.door", ["slurmfork.code", "slurmfork.cli", "slurmfork.run"]),
         ("slurmfork.run", ["slurmfork.cli", "slurmfork.agent", "slurmfork.head"]),
     ],
 )

@@ -16,6 +16,7 @@ from slurmfork.names import split_target
 from slurmfork.observe import RunStatus
 from slurmfork.run import QUICK, Run, statuses
 
+CHANGES = 5
 OLD = 30.0  # seconds after which a scheduler's word is told with its age
 
 # --- status
@@ -123,6 +124,7 @@ def _detail(one: RunStatus, workers: list[WorkerView]) -> None:
         ("attempt", one.attempt + 1 if one.attempt else ""),
         ("workers", _counts(one)),
         ("left behind", _left(one)),
+        ("code", _code(one)),
         ("directory", one.run_dir),
     ]
     for title, fact in facts:
@@ -169,6 +171,21 @@ def _left(one: RunStatus) -> str:
     if words:
         return "; ".join(words) + f"; `slurmfork clean {one.run_id}`"
     return "nothing" if one.survivors == 0 else ""
+
+
+def _code(one: RunStatus) -> str:
+    """Where the code that was sent along came from, and what git said of it."""
+    if one.code is None:
+        return ""
+    source, known = f"{one.code.host}:{one.code.source}", one.code.git
+    if known is None:
+        return source
+    where = f"{known.commit[:12] if known.commit else 'no commit yet'}{f' on {known.branch}' if known.branch else ''}"
+    if not known.dirty:
+        return f"{source} at {where}"
+    count = len(known.changed) + known.more
+    names = ", ".join(change[3:] for change in known.changed[:CHANGES])
+    return f"{source} at {where}, and {output.plural(count, 'change')}: {names}{', ...' if count > CHANGES else ''}"
 
 
 def _node(node: NodeView) -> list[object]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
+from slurmfork import installation
 from slurmfork.version import __version__
 
 TYPE_CHECKING = False
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from slurmfork.cli.group import cli
 
         cli.main(prog_name=PROGRAM)  # a shell asks for completions; exits
+    installation.settle()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = _invoke(given)

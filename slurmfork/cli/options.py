@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slurmfork import names
+
 Function = Callable[..., "int | None"]
 if TYPE_CHECKING:
     _Type = click.ParamType[Any]
@@ -22,9 +24,16 @@ else:
 
 
 class Verb(click.Command):
-    """A command that ends its help with examples, printed as they are."""
+    """A command that ends its help with examples, printed as they are, and with --cluster is run over there."""
 
     examples: Sequence[str] = ()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if cluster := ctx.params.pop("cluster", None):
+            from slurmfork.cli import elsewhere
+
+            return elsewhere.run(ctx, cluster)
+        return super().invoke(ctx)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.examples:
@@ -35,10 +44,16 @@ class Verb(click.Command):
 
 
 def verb(
-    name: str, *, prints_data: bool = False, uses_root: bool = True, examples: Sequence[str] = ()
+    name: str,
+    *,
+    prints_data: bool = False,
+    uses_root: bool = True,
+    goes_elsewhere: bool = True,
+    examples: Sequence[str] = (),
 ) -> Callable[[Function], Verb]:
     """Make a function the command ``name``, with --root and --debug, and with --json where it prints data.
 
+    Unless it says that it does not go elsewhere, it gets --cluster; with that, it is not the function that is called.
     The function gets ``root`` (None: the default place) and ``as_json``; what it returns is the exit status.
     """
 
@@ -58,6 +73,15 @@ def verb(
                 help="Where run directories live; default $SLURMFORK_ROOT, else ~/.slurmfork/runs.",
             )
         )
+        if goes_elsewhere:
+            command.params.append(
+                click.Option(
+                    ["--cluster"],
+                    metavar="NAME",
+                    envvar=names.CLUSTER,
+                    help="On that cluster, by SSH; default $SLURMFORK_CLUSTER, else here.",
+                )
+            )
         command.params.append(
             click.Option(["--debug"], is_flag=True, expose_value=False, help="Show where an error came from.")
         )
@@ -81,7 +105,9 @@ class RunName(_Type):
 
         root = Path(ctx.params.get("root") or os.environ.get("SLURMFORK_ROOT") or "~/.slurmfork/runs").expanduser()
         try:
-            found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
+            found = sorted(
+                entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False) and entry.name[0] != "."
+            )
         except OSError:
             found = []
         return [CompletionItem(name) for name in [*found, "last"] if name.startswith(incomplete)]
@@ -137,6 +163,7 @@ set_option = click.option(
     multiple=True,
     help="Override a value of the spec, e.g. roles.rollout.replicas=4. Can be repeated.",
 )
+code_option = click.option("--code", hidden=True, metavar="NAME", help="Code that was sent from elsewhere before.")
 template_option = click.option(
     "--template",
     "-t",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,18 +163,18 @@ def _row(placed: Placement) -> dict[str, Any]:
 @template_option
 def render(spec: Path, backend: str | None, overrides: Sequence[str], template: Path | None, root: str | None) -> None:
     """Print the batch script that `submit` would hand to Slurm, for a run called NAME-xxxxxx."""
+    from slurmfork import installation, rundir
     from slurmfork import plan as planning
     from slurmfork import render as rendering
-    from slurmfork import rundir
 
     read = _read(spec, backend, overrides)
     run_id = f"{read.name}-xxxxxx"
     script = rendering.render(
         read,
         run_id=run_id,
-        run_dir=(Path(root).absolute() if root else rundir.default_root()) / run_id,
+        run_dir=rundir.root_of(root) / run_id,
         request=planning.request(read),
-        python=sys.executable,
+        python=installation.python(),
         package=Path(rundir.__file__).resolve().parent,
         template=template,
     )
@@ -188,10 +187,11 @@ def epilog() -> None:
 
     It names this installation, which the nodes have to see, and root has to be the only one to change.
     """
+    from slurmfork import installation
     from slurmfork import render as rendering
 
     package = Path(rendering.__file__).resolve().parent
-    click.echo(rendering.epilog(python=sys.executable, package=package), nl=False)
+    click.echo(rendering.epilog(python=installation.python(), package=package), nl=False)
 
 
 def _read(path: Path, backend: str | None, overrides: Sequence[str]) -> Spec:

@@ -15,6 +15,7 @@ from slurmfork.cli import attached, failure, output, progress
 from slurmfork.cli.options import (
     Seconds,
     backend_option,
+    code_option,
     run_argument,
     set_option,
     spec_argument,
@@ -41,6 +42,7 @@ INTERRUPTED = 130
 @backend_option
 @set_option
 @template_option
+@code_option
 @click.option(
     "--wait",
     "-w",
@@ -52,6 +54,7 @@ def submit(
     backend: str | None,
     overrides: Sequence[str],
     template: Path | None,
+    code: str | None,
     wait: bool,
     root: str | None,
     as_json: bool,
@@ -60,7 +63,7 @@ def submit(
 
     On a terminal, shows progress until the run is ready; Ctrl-C lets go of it and leaves the run alone.
     """
-    run = submission.submit(spec, backend=backend, root=root, template=template, overrides=overrides)
+    run = submission.submit(spec, backend=backend, root=root, template=template, overrides=overrides, code=code)
     for text in run.notes:
         output.complain(text)
     if not as_json:
@@ -115,12 +118,14 @@ def _next_steps(run: Run, *, ready: bool) -> None:
 @backend_option
 @set_option
 @template_option
+@code_option
 @click.option("--no-prefix", is_flag=True, help="Without the worker's name before each line.")
 def run(
     spec: Path,
     backend: str | None,
     overrides: Sequence[str],
     template: Path | None,
+    code: str | None,
     no_prefix: bool,
     root: str | None,
 ) -> int:
@@ -131,7 +136,7 @@ def run(
     """
 
     def start() -> Run:
-        return submission.submit(spec, backend=backend, root=root, template=template, overrides=overrides)
+        return submission.submit(spec, backend=backend, root=root, template=template, overrides=overrides, code=code)
 
     return attached.submit_and_follow(start, prefix=not no_prefix)
 

@@ -13,14 +13,16 @@ from typing import Any
 
 import click
 
-from slurmfork import aftermath
+from slurmfork import aftermath, rundir
 from slurmfork.aftermath import Aftermath
 from slurmfork.cli import output
 from slurmfork.cli.options import RUN, Seconds, verb
+from slurmfork.code.store import Store
 from slurmfork.errors import Refused, RunDirError, SlurmforkError, UsageError
 from slurmfork.observe import RunStatus
 from slurmfork.run import Run, statuses
-from slurmfork.rundir import default_root, unfinished_dirs
+from slurmfork.rundir import unfinished_dirs
+from slurmfork.spec.sizes import in_words
 
 UNFINISHED = 3600.0  # seconds after which a directory that was begun is not going to be filled any more
 
@@ -111,8 +113,10 @@ def _tell(run_id: str, after: Aftermath, *, as_json: bool) -> None:
 def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
     """Remove the directories of runs that ended longer ago than D, with their logs.
 
-    Never touches a run that is alive, or of which nobody knows whether it is. What submissions that were killed have
-    begun and never filled goes, too. Should something of the others
+    Code that came from elsewhere, and that no submit has asked for since D, goes too; runs have copies of their own. So
+    does what submissions that were killed have begun and never filled.
+
+    Never touches a run that is alive, or of which nobody knows whether it is. Should something of the others
     still run on this machine, it is ended first; if that fails, the directory is kept.
     """
     found = Run.all(root)
@@ -121,13 +125,15 @@ def prune(older_than: float, yes: bool, root: str | None, as_json: bool) -> int:
     if old and not yes:
         _ask(old)
     removed = [one.run_id for one in old if _nothing_left(one) and _remove(one)]
-    for path in unfinished_dirs(Path(root).absolute() if root else default_root(), older_than=UNFINISHED):
+    for path in unfinished_dirs(rundir.root_of(root), older_than=UNFINISHED):
         with suppress(OSError):
             shutil.rmtree(path)
+    objects, size = Store(rundir.root_of(root)).prune(older_than)
     if as_json:
-        output.document({"removed": removed})
+        output.document({"removed": removed, "code": {"files": objects, "bytes": size}})
     else:
-        output.say(f"{output.plural(len(removed), 'run')} removed")
+        sent = f", and {in_words(size)} of code that was sent and not used since" if objects else ""
+        output.say(f"{output.plural(len(removed), 'run')} removed{sent}")
     return 0 if len(removed) == len(old) else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from slurmfork.head.members import Members
 from slurmfork.messages import WorkerView
@@ -57,7 +58,7 @@ def order(
     return Order(
         worker=placement.worker,
         command=list(command) if command else role.command,
-        cwd=role.cwd or cwd,
+        cwd=str(Path(cwd, role.cwd or "")),
         env={**environment, **{name: str(value) for name, value in ranks.items()}},
         devices=list(placement.gpus),
         target=placement.target,

@@ -1,7 +1,7 @@
 """The rules that types cannot say: names, what excludes what, what needs what. All breaches are reported.
 
 Works on a spec whose types are right; where a key's own value was refused already, rules about it keep quiet.
-Touches no file but to see whether a template of the user's own is there.
+Touches no file but to see whether a template of the user's own, and the code, are there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 from msgspec.structs import replace
 
 from slurmfork import names
-from slurmfork.spec import sbatch, shape
+from slurmfork.spec import sbatch, shape, sizes
 from slurmfork.spec.model import Role, Spec
 from slurmfork.spec.report import Report
 from slurmfork.spec.yamlnodes import short
@@ -35,6 +35,7 @@ def check(spec: Spec, report: Report, base: str) -> None:
     _environment(spec.env, "env", report)
     _secrets(spec, report)
     _slurm(spec, report, base)
+    _code(spec, report, base)
     if not spec.roles and report.sound("roles"):
         report.add("roles", "no roles; a spec needs at least one")
     for name, role in spec.roles.items():
@@ -48,8 +49,9 @@ def settle(spec: Spec, base: str) -> Spec:
     roles = {name: _settle_role(role) for name, role in spec.roles.items()}
     slurm = dict(spec.slurm)
     if sbatch.TEMPLATE in slurm:
-        slurm[sbatch.TEMPLATE] = _template(slurm[sbatch.TEMPLATE], base)
-    return replace(spec, roles=roles, slurm=slurm)
+        slurm[sbatch.TEMPLATE] = _absolute(slurm[sbatch.TEMPLATE], base)
+    code = spec.code and replace(spec.code, path=_absolute(spec.code.path, base))
+    return replace(spec, roles=roles, slurm=slurm, code=code)
 
 
 def _settle_role(role: Role) -> Role:
@@ -90,6 +92,17 @@ def _secrets(spec: Spec, report: Report) -> None:
             report.add(path, f"{name} is in `env` too; leave it out there, or it is no secret")
 
 
+def _code(spec: Spec, report: Report, base: str) -> None:
+    if spec.code is None:
+        return
+    if report.sound("code.path", "code") and not os.path.isdir(path := _absolute(spec.code.path, base)):  # noqa: PTH112
+        report.add("code.path", f"there is no directory {path}")
+    try:
+        sizes.size_of(spec.code.limit)
+    except ValueError as error:
+        report.add("code.limit", str(error))
+
+
 # --- slurm -------------------------------------------------------------------------------------------------
 
 
@@ -122,12 +135,12 @@ def _unknown_option(key: str, path: str, report: Report) -> None:
 
 def _template_exists(spec: Spec, report: Report, base: str) -> None:
     if sbatch.TEMPLATE in spec.slurm:
-        path = _template(spec.slurm[sbatch.TEMPLATE], base)
+        path = _absolute(spec.slurm[sbatch.TEMPLATE], base)
         if not os.path.isfile(path):  # noqa: PTH113 (pathlib is slow to import)
             report.add("slurm.template", f"there is no file {path}")
 
 
-def _template(value: str, base: str) -> str:
+def _absolute(value: str, base: str) -> str:
     return os.path.abspath(os.path.join(base, os.path.expanduser(value)))  # noqa: PTH100, PTH111, PTH118
 
 
@@ -164,8 +177,8 @@ def _role(name: str, role: Role, spec: Spec, report: Report) -> None:
         report.add(path, f"{short(name)} is not a role's name: {_NAME_RULE}", at=report.where(path))
     _command(role, path, report)
     _environment(role.env, f"{path}.env", report)
-    if role.cwd is not None and not role.cwd.startswith("/"):
-        report.add(f"{path}.cwd", f"{short(role.cwd)} is not absolute; begin it with /")
+    if role.cwd is not None and not role.cwd.startswith("/") and spec.code is None:
+        report.add(f"{path}.cwd", f"{short(role.cwd)} is not absolute; begin it with /, or send `code` along")
     _ready(role, path, report)
     _signal(role.stop.signal, f"{path}.stop.signal", report)
     if role.checkpoint is not None:

@@ -22,7 +22,7 @@ from slurmfork.spec.yamlnodes import Broken, Listing, Mapping, Node, Scalar, Whe
 T = TypeVar("T")
 
 _BAD: Any = object()  # no value; the problem is reported
-_STAND_INS: dict[str, Any] = {"name": "x", "command": "true", "roles": {}}
+_STAND_INS: dict[str, Any] = {"name": "x", "command": "true", "path": ".", "roles": {}}
 _EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -96,6 +96,10 @@ class _Walk:
         return self._leaf(node, kind, path)
 
     def _section(self, node: Node, kind: type, path: str) -> Any:
+        short = getattr(kind, "short", None)
+        if short and isinstance(node, Scalar):
+            text = self._leaf(node, str, path, " or keys and values")
+            return _BAD if text is _BAD else kind(**{short: text})
         if not isinstance(node, Mapping):
             return self._refuse(path, f"expected keys and values, got {describe(node)}", node)
         return self.struct(node, kind, path)

@@ -6,7 +6,7 @@ The field comments are the reference: docs/spec.md is generated from this file.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -90,7 +90,8 @@ class Role(Section, kw_only=True, frozen=True):
     cpus: Count | None = None
     # Environment of these workers, over the run's. Numbers and true become the text that they are written as.
     env: dict[str, str] = field(default_factory=dict)
-    # Working directory, absolute. Left out: the directory of submission.
+    # Working directory, absolute, or relative to the `code` that was sent along. Left out: there, or where there is
+    # none the directory of submission.
     cwd: str | None = None
     # Free TCP ports to reserve for each worker, in SLURMFORK_PORTS and as {port}.
     ports: Annotated[int, Meta(ge=0, le=64)] = 0
@@ -126,6 +127,22 @@ class Local(Section, kw_only=True, frozen=True, rename="kebab"):
     cpus_per_node: Positive | None = None
 
 
+class Code(Section, kw_only=True, frozen=True):
+    """A directory that is sent along: a copy of it in the run directory is where the workers start."""
+
+    # What a text in place of keys and values is.
+    short: ClassVar[str] = "path"
+
+    # The directory, relative to the spec.
+    path: str
+    # Patterns, as in a .gitignore, of what is sent although .gitignore leaves it out.
+    include: list[str] = field(default_factory=list)
+    # Patterns, as in a .gitignore, of what is not sent, whoever says otherwise.
+    exclude: list[str] = field(default_factory=list)
+    # More than this is refused, before anything is sent; K, M, G and T are units.
+    limit: str = "1G"
+
+
 class Spec(Section, kw_only=True, frozen=True):
     """A whole spec file."""
 
@@ -140,6 +157,8 @@ class Spec(Section, kw_only=True, frozen=True):
     slurm: dict[str, Any] = field(default_factory=dict)
     # What a node of the local backend offers.
     local: Local = field(default_factory=Local)
+    # A directory to send along, of which the run gets a copy to work in; relative to the spec.
+    code: Code | None = None
     # Shell lines before the agents start, on the first node.
     setup: str = ""
     # Environment of every worker.

@@ -7,6 +7,7 @@ from slurmfork.spec.yamlnodes import Mapping, Node, Scalar, Where, parse, short
 
 SET = Where("--set")
 BACKEND = Where("--backend")
+CODE = "code"
 _YAML_STARTS = "\"'[{"
 
 
@@ -29,6 +30,8 @@ def lay(root: Mapping, keys: list[str], node: Node) -> None:
     here = root
     for key in keys[:-1]:
         inner = here.entries.get(key)
+        if key == CODE and here is root and isinstance(inner, Scalar) and inner.value is not None:  # its short form
+            inner = here.entries[key] = Mapping(inner.at, {"path": inner}, {"path": inner.at})
         if not isinstance(inner, Mapping):
             inner = Mapping(node.at)
             here.entries[key] = inner

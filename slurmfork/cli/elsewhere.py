@@ -1,0 +1,222 @@
+"""Elsewhere: a verb with --cluster is checked here, run on that cluster's login node, and prints here.
+
+What the user typed is understood here, so a mistake costs no connection; a spec is read here, and goes along.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from slurmfork import clusters
+from slurmfork.cli import output, sending
+from slurmfork.errors import UsageError
+from slurmfork.remote.frames import Hello, Request, Terminal
+from slurmfork.remote.visit import Ear, NotThere, OtherVersion, Show, Visit
+from slurmfork.version import __version__
+
+if TYPE_CHECKING:
+    from slurmfork.clusters import Cluster
+    from slurmfork.remote.upload import Upload
+    from slurmfork.spec import Code, Spec
+
+# Done once, whatever becomes of the connection; the other verbs only look, and are simply asked again.
+CHANGING = frozenset({"submit", "run", "fork", "stop", "cancel", "clean", "prune"})
+MARKED = frozenset({"logs"})
+PATIENT = 3  # signals after which we leave, even if the far side does not answer
+
+
+def run(ctx: click.Context, cluster: str) -> int:
+    """Run the verb of ``ctx`` on a cluster; returns its exit status."""
+    profile = clusters.find(cluster)
+    request, spec = _request(ctx, profile)
+    verb = request.args[0]
+    bar = sending.Bar(cluster)
+    upload = (
+        _upload(spec.code, ctx.params.get("root") or profile.root, bar) if spec and spec.code and request.once else None
+    )
+    visit = Visit(
+        lambda: clusters.transport_of(cluster, profile),
+        clusters.python_there(profile),
+        request,
+        Ear(_writer(sys.stdout), _writer(sys.stderr), output.complain),
+        show=_show(request),
+        check=lambda hello: _check(hello, cluster, changing=verb in CHANGING),
+        upload=upload,
+    )
+    try:
+        with _signals(visit), bar:
+            return visit.run()
+    except NotThere as error:
+        raise NotThere(f"{error}; `slurmfork cluster bootstrap {cluster}` puts it there") from None
+
+
+def _show(request: Request) -> Show:
+    """A person on a terminal sees what comes; a program gets all of it, or, should the connection fail, nothing."""
+    if request.once:
+        return Show.AT_ONCE
+    if request.args[0] in MARKED:
+        return Show.AT_MARKS
+    return Show.AT_ONCE if request.terminal and request.terminal.out else Show.AT_END
+
+
+def _check(hello: Hello, cluster: str, *, changing: bool) -> None:
+    if hello.version == __version__:
+        return
+    words = f"{cluster} has slurmfork {hello.version}, here it is {__version__}"
+    mend = f"`slurmfork cluster bootstrap {cluster}` makes them the same"
+    if changing:
+        raise OtherVersion(f"{words}; {mend}")
+    output.complain(f"{words}; {mend}")
+
+
+def _writer(stream: Any) -> Any:
+    def write(data: bytes) -> None:
+        stream.buffer.write(data)
+        stream.buffer.flush()
+
+    return write
+
+
+@contextmanager
+def _signals(visit: Visit) -> Iterator[None]:
+    """Ctrl-C and the like are for the verb over there, which knows what they mean."""
+    count = 0
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if not visit.under_way or count >= PATIENT:
+            raise KeyboardInterrupt
+        visit.interrupt(number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: stays ignored
+            before[number] = signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- what was typed, as a request
+
+
+def _request(ctx: click.Context, profile: Cluster) -> tuple[Request, Spec | None]:
+    verb = ctx.command.name or ""
+    made = Request(request_id=uuid.uuid4().hex, args=[verb], once=verb in CHANGING, terminal=_terminal())
+    spec = _read_spec(ctx, profile, made) if isinstance(ctx.params.get("spec"), Path) else None
+    options, arguments = [], []
+    for param in ctx.command.params:
+        if isinstance(param, click.Argument):
+            arguments.append((param, ctx.params.get(param.name or "")))
+        elif ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE:
+            options.append((param, ctx.params.get(param.name or "")))
+    for param, value in options:
+        if param.name not in ("cluster", "template", "overrides"):
+            made.args += _option(param, value)
+    if profile.root and ctx.params.get("root") is None and any(param.name == "root" for param in ctx.command.params):
+        made.args += ["--root", profile.root]
+    for override in (*(ctx.params.get("overrides") or ()), *(_defaults(spec, profile) if spec else ())):
+        made.args += ["--set", override]
+    if template := ctx.params.get("template"):
+        _send_file(made, "--template", template)
+    if spec and (own := spec.slurm.get("template")):  # it will lie beside the spec
+        made.args += ["--set", f"slurm.template={_add_file(made, Path(str(own)))}"]
+    if spec and spec.code:  # it is sent, and not looked for beside the spec over there
+        made.args += ["--set", "code.path=."]
+    made.args.append("--")
+    for param, value in arguments:
+        if param.name == "spec" and value is not None:
+            _send_file(made, None, value)
+        elif value is not None:
+            made.args += map(str, value) if param.nargs == -1 else [str(value)]
+    return made, spec
+
+
+def _upload(code: Code, root: str | None, bar: sending.Bar) -> Upload:
+    """What goes first; what may not go is refused before anything is sent."""
+    from slurmfork import rundir
+    from slurmfork.code.listing import listing
+    from slurmfork.remote.upload import Upload
+
+    found = listing(code, avoid=[rundir.default_root()])
+    for note in found.notes:
+        output.complain(note)
+    return Upload(found, root, bar, output.complain)
+
+
+def _read_spec(ctx: click.Context, profile: Cluster, made: Request) -> Spec:
+    """The spec, checked here; what is secret in it comes from this environment."""
+    from slurmfork import submission
+    from slurmfork.spec import reader
+
+    overrides = list(ctx.params.get("overrides") or ())
+    spec = reader.load(ctx.params["spec"], overrides=overrides, backend=ctx.params.get("backend"))
+    if made.once:
+        made.secrets = submission.secrets(spec, os.environ)
+    return spec
+
+
+def _defaults(spec: Spec, profile: Cluster) -> list[str]:
+    """What the profile says of Slurm's options, and the spec does not."""
+    return [f"slurm.{name}={value}" for name, value in profile.slurm.items() if name not in spec.slurm]
+
+
+def _send_file(made: Request, option: str | None, path: Path) -> None:
+    """Send a file along, and name it on the command line, where it will be a path over there."""
+    if option:
+        made.args.append(option)
+    made.paths.append(len(made.args))
+    made.args.append(_add_file(made, path))
+
+
+def _add_file(made: Request, path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    name = f"{len(made.files)}-{_plain(path.name)}" if made.files else _plain(path.name)
+    made.files[name] = data
+    return name
+
+
+def _plain(name: str) -> str:
+    return "".join(char if char.isascii() and (char.isalnum() or char in "_.+-") else "_" for char in name).lstrip(".-")
+
+
+def _option(param: click.Parameter, value: Any) -> list[str]:
+    """An option as words of a command line."""
+    name = max(param.opts, key=len)
+    if getattr(param, "is_flag", False):
+        return [name] if value or value is None else []
+    if getattr(param, "multiple", False):
+        return [word for one in value for word in (name, _word(one))]
+    return [name, _word(value)]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, tuple):  # NAME=VALUE
+        return "=".join(value)
+    return f"{value}s" if isinstance(value, float) else str(value)
+
+
+def _terminal() -> Terminal | None:
+    out, err = sys.stdout.isatty(), sys.stderr.isatty()
+    if not (out or err):
+        return None
+    size = shutil.get_terminal_size()
+    return Terminal(columns=size.columns, lines=size.lines, out=out, err=err, name=os.environ.get("TERM", ""))

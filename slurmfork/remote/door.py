@@ -1,0 +1,305 @@
+"""The door: the process on a login node through which verbs are run from elsewhere, over one stream.
+
+``python -m slurmfork.remote.door`` reads requests on standard input and tells on standard output what came of them,
+in frames. It serves who could log in, and nobody else; it listens on nothing. A verb that changes something is done
+once, whatever becomes of the connection; one that only looks ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from slurmfork import installation, names
+from slurmfork.errors import SlurmforkError
+from slurmfork.remote import errand, spool
+from slurmfork.remote.frames import MAGIC, PROTOCOL, Exit, Frame, Hello, Kind, Request, Unpacker, pack
+from slurmfork.remote.spool import Spool
+from slurmfork.version import __version__
+
+if TYPE_CHECKING:
+    from slurmfork.remote.reception import Reception
+
+POLL_S = 0.02  # between two looks at the files of an errand
+PIECE = 65_536
+ABANDONED_S = 300.0  # without a client, what was to be followed (`run`) is told that its terminal is gone
+LOGIN_S = 15.0
+ATTENDED = frozenset({"run"})
+SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
+class Gone(Exception):
+    """The client is not there any more."""
+
+
+class Door:
+    """One client's. Descriptors 0 and 1 are the stream."""
+
+    def __init__(self) -> None:
+        self._frames = Unpacker(greeted=False)
+        self._signals: list[int] = []
+        self._thanked = False
+        self._reception: Reception | None = None
+        self._closed = False  # to code: an attempt to take it in has failed
+
+    def serve(self) -> None:
+        """Serve requests, one after the other, until the client leaves."""
+        try:
+            self._serve()
+        finally:
+            if self._reception is not None:
+                self._reception.close()
+
+    def _serve(self) -> None:
+        hello = Hello(protocol=PROTOCOL, version=__version__, python=sys.version.split()[0], host=socket.gethostname())
+        self._write(MAGIC + pack(Kind.HELLO, msgspec.json.encode(hello)))
+        while (request := self._next()) is not None:
+            try:
+                status = self._once(request) if request.once else self._look(request)
+            except SlurmforkError as error:
+                self._tell(Kind.ERRORS, f"slurmfork: {error}\n".encode())
+                status = error.exit_code
+            self._tell(Kind.EXIT, msgspec.json.encode(Exit(status=status)))
+            if request.once:
+                self._settle(request)
+
+    def _next(self) -> Request | None:
+        while True:
+            for frame in self._read():
+                if frame.kind is Kind.REQUEST:
+                    return msgspec.msgpack.decode(frame.data, type=Request)
+                if frame.kind in (Kind.ASK, Kind.PIECE):
+                    self._take_in(frame)
+                self._note(frame.kind, frame.data)
+
+    def _take_in(self, frame: Frame) -> None:
+        """Code comes before the request that it is for. What fails is told once; the client hears it and leaves."""
+        if self._closed:
+            return
+        if self._reception is None:
+            from slurmfork.remote.reception import Reception
+
+            self._reception = Reception(self._tell)
+        try:
+            self._reception.take(frame)
+        except SlurmforkError as error:
+            self._closed = True
+            self._tell(Kind.ERRORS, f"slurmfork: {error}\n".encode())
+            self._tell(Kind.EXIT, msgspec.json.encode(Exit(status=error.exit_code)))
+
+    def _settle(self, request: Request) -> None:
+        """Forget an errand once the client has said that it has it all; it may come back for it otherwise."""
+        self._thanked = False
+        while not self._thanked:
+            for frame in self._read():
+                self._note(frame.kind, frame.data)
+        Spool(request.request_id).remove()
+
+    # --- verbs that look: they end with the connection
+
+    def _look(self, request: Request) -> int:
+        directory = tempfile.TemporaryDirectory(prefix=spool.LOOK, dir=spool.home())
+        (out, out_w), (err, err_w), (marks, marks_w) = os.pipe(), os.pipe(), os.pipe()
+        pid = 0
+        try:
+            spool.lay_down(Path(directory.name), request.files)
+            own = errand.Ends(out_w, err_w, marks_w, others=(out, err, marks))
+            pid = errand.fork(request, Path(directory.name), own)
+            for descriptor in (out_w, err_w, marks_w):
+                os.close(descriptor)
+            self._relay(pid, out, err, marks)
+            return _exit_status(os.waitpid(pid, 0)[1])
+        except Gone:
+            _end(pid)
+            raise
+        finally:
+            directory.cleanup()
+            for descriptor in (out, err, marks):
+                os.close(descriptor)
+
+    def _relay(self, pid: int, out: int, err: int, marks: int) -> None:
+        """Pass on what the errand says until all of its pipes are at their end."""
+        kinds = {out: Kind.OUTPUT, err: Kind.ERRORS, marks: Kind.MARK}
+        while kinds:
+            ready, _, _ = select.select([0, *kinds], [], [])
+            for descriptor in ready:
+                if descriptor == 0:
+                    self._hear(pid)
+                elif data := os.read(descriptor, PIECE):
+                    self._tell(kinds[descriptor], data)
+                else:
+                    del kinds[descriptor]
+
+    # --- verbs that change something: they are done once
+
+    def _once(self, request: Request) -> int:
+        place = Spool(request.request_id)
+        if place.begin():
+            self._begin(request, place)
+        watch = place.lock("watch")  # says to a door whose client was lost that another one has come
+        try:
+            return self._follow(request, place)
+        except Gone:
+            if request.args[0] in ATTENDED and watch is not None:
+                os.close(watch)
+                watch = None
+                _attend(place)
+            raise
+        finally:
+            if watch is not None:
+                os.close(watch)
+
+    def _begin(self, request: Request, place: Spool) -> None:
+        lock = place.lock()
+        try:
+            directory = place.lay_down(request.files)
+            out, err = place.open("out"), place.open("err")
+            place.note_pid(errand.fork(request, directory, errand.Ends(out, err), last=place.finish))
+            os.close(out)
+            os.close(err)
+        except BaseException:
+            place.remove()
+            raise
+        finally:
+            if lock is not None:
+                os.close(lock)  # the errand has a copy
+
+    def _follow(self, request: Request, place: Spool) -> int:
+        at = dict(zip(("out", "err"), request.seen, strict=True))
+        kinds = {"out": Kind.OUTPUT, "err": Kind.ERRORS}
+        while True:
+            status = place.status()
+            for name, kind in kinds.items():
+                while data := place.read(name, at[name]):
+                    at[name] += len(data)
+                    self._tell(kind, data)
+            if status is not None:
+                _reap()
+                return status
+            if select.select([0], [], [], POLL_S)[0]:
+                self._hear(place.pid())
+            for number in self._take_signals():
+                _signal(place.pid(), number)
+
+    # --- the stream
+
+    def _hear(self, pid: int | None) -> None:
+        """What the client says in the meantime."""
+        for frame in self._read():
+            self._note(frame.kind, frame.data)
+        for number in self._take_signals():
+            _signal(pid, number)
+
+    def _take_signals(self) -> list[int]:
+        taken, self._signals = self._signals, []
+        return taken
+
+    def _note(self, kind: Kind, data: bytes) -> None:
+        if kind is Kind.THANKS:
+            self._thanked = True
+        elif kind is Kind.SIGNAL and data.isdigit() and int(data) in SIGNALS:
+            self._signals.append(int(data))
+
+    def _read(self) -> Iterator[Frame]:
+        data = os.read(0, PIECE)
+        if not data:
+            raise Gone
+        return self._frames.feed(data)
+
+    def _tell(self, kind: Kind, data: bytes) -> None:
+        self._write(pack(kind, data))
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(1, view) :]
+        except OSError:
+            raise Gone from None
+
+
+def _signal(pid: int | None, number: int) -> None:
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _end(pid: int) -> None:
+    """An errand that only looked, and for whom nobody looks any more."""
+    if pid:
+        _signal(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _attend(place: Spool) -> None:
+    """Wait for a client to come back for what runs in its foreground; else tell it that its terminal is gone."""
+    until = time.monotonic() + ABANDONED_S
+    while place.status() is None and time.monotonic() < until:
+        watch = place.lock("watch")
+        if watch is None:
+            return
+        os.close(watch)
+        time.sleep(1.0)
+    _signal(place.pid(), signal.SIGHUP)
+
+
+def _reap() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _exit_status(status: int) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def _as_at_login() -> None:
+    """Have Slurm's commands on PATH: many sites put them there for login shells alone, which SSH's commands are not."""
+    if shutil.which("sbatch") is not None:
+        return
+    command = [os.environ.get("SHELL") or "/bin/sh", "-l", "-c", "env -0"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=LOGIN_S,
+            check=False,
+        )
+        for entry in os.fsdecode(told.stdout).split("\0"):
+            name, equals, value = entry.partition("=")
+            name = name.rpartition("\n")[2]  # before the first one there may be what the shell says at login
+            if equals and names.ENV_PATTERN.fullmatch(name) and (name == "PATH" or name not in os.environ):
+                os.environ[name] = value
+
+
+def main() -> int:
+    """Serve one client."""
+    installation.settle()
+    for name in [name for name in os.environ if name.startswith("SLURMFORK_") and name != names.ROOT]:
+        del os.environ[name]
+    _as_at_login()
+    with contextlib.suppress(OSError, SlurmforkError):
+        spool.remove_old()
+    with contextlib.suppress(Gone):
+        Door().serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
