@@ -295,7 +295,7 @@ def default_root() -> Path:
 
 def root_of(given: str | os.PathLike[str] | None) -> Path:
     """Where run directories live: the place that was given, else the default."""
-    return Path(given).absolute() if given else default_root()
+    return Path(given).expanduser().absolute() if given else default_root()
 
 
 def new_run_id(name: str) -> str:

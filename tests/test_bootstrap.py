@@ -24,7 +24,7 @@ from slurmfork.errors import SlurmforkError
 from slurmfork.remote import bootstrap as doing
 from slurmfork.remote import ownwheel, wheels
 from slurmfork.remote.bootstrap import BootstrapFailed, Bootstrapped, bootstrap
-from slurmfork.remote.local import LocalChannel, LocalTransport
+from slurmfork.remote.local import LocalTransport, ProcessChannel
 from slurmfork.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ class There(LocalTransport):
         self.home, self.env, self.path = home, dict(env or {}), path
         home.mkdir(exist_ok=True)
 
-    def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> LocalChannel:
+    def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> ProcessChannel:
         talk = 'echo "Welcome, $1"; cd "$1" && shift && PATH=$1 && shift && exec "$@"'
         around = ["/bin/sh", "-c", talk, "sh", str(self.home), self.path]
         return super().start([*around, *argv], env={**self.env, **(env or {}), "HOME": str(self.home)})

@@ -23,7 +23,7 @@ from running import Shell
 
 from slurmfork.errors import ConnectionLost, TransportError
 from slurmfork.remote.frames import MAGIC, Hello, Kind, Request, Unpacker, pack
-from slurmfork.remote.local import LocalChannel, LocalTransport
+from slurmfork.remote.local import LocalTransport, ProcessChannel
 from slurmfork.remote.visit import Ear, NotThere, Show, Visit
 
 SPEC = """
@@ -40,7 +40,7 @@ roles:
 """
 
 
-class Cut(LocalChannel):
+class Cut(ProcessChannel):
     """A channel that is cut, and the door with it, after so many bytes of output; ``on_request``: as soon as asked."""
 
     after = 1 << 60
@@ -59,8 +59,8 @@ class Cut(LocalChannel):
         return out, err
 
     def _cut(self) -> None:
-        self._child.kill()
-        self._child.wait()
+        self._process.kill()
+        self._process.wait()
         raise ConnectionLost("cut")
 
 
@@ -74,7 +74,10 @@ class Way(LocalTransport):
     opened: int = 0
     name: str = "there"
 
-    def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> LocalChannel:
+    def __post_init__(self) -> None:
+        super().__init__(self.name)
+
+    def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> ProcessChannel:
         channel = super().start(argv, env={**self.env, "HOME": str(self.home)})
         self.opened += 1
         if self.cuts:
@@ -243,12 +246,12 @@ def test_a_look_ends_with_its_door(local: Shell, visitor: Visitor, spec: Path) -
     channel = visitor.way.start([sys.executable, "-I", "-m", "slurmfork.remote.door"])
     request = Request(request_id=uuid.uuid4().hex, args=["wait", run_id])
     channel.send(pack(Kind.REQUEST, msgspec.msgpack.encode(request)))
-    door = channel._child.pid
+    door = channel._process.pid
     children = Path(f"/proc/{door}/task/{door}/children")
     wait_until(lambda: children.read_text().split(), "the errand")
     (errand,) = children.read_text().split()
     os.kill(door, signal.SIGKILL)
-    channel._child.wait()
+    channel._process.wait()
     wait_until(lambda: not Path(f"/proc/{errand}").exists(), "the errand to end")
     channel.close()
 
@@ -321,7 +324,7 @@ def test_a_request_id_is_one(visitor: Visitor, request_id: str) -> None:
 
 def test_without_a_connection_nothing_is_repeated(visitor: Visitor) -> None:
     class Closed(Way):
-        def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> LocalChannel:
+        def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> ProcessChannel:
             self.opened += 1
             raise ConnectionLost("nobody there")
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from node_sshd import Sshd, free_port, silent_server
 from probed import Nodes, all_alive, reason, verdicts
 from processes import wait_until
 from running import Shell
-from node_sshd import Sshd, free_port, silent_server
 
 from slurmfork import names, process
 from slurmfork.backends.local import LocalBackend

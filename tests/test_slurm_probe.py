@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from cluster import Factory, MiniCluster
+from node_sshd import Sshd, free_port
 from processes import wait_until
 from running import Shell
-from node_sshd import Sshd, free_port
 
 from slurmfork import names, process
 

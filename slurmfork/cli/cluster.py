@@ -66,6 +66,7 @@ def _setting(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 
 @verb(
     "add",
+    goes_elsewhere=False,
     examples=[
         "slurmfork cluster add big --host login.big.example.org --user jo --slurm partition=gpu",
         "slurmfork cluster add codes --host login.codes.example.org --ssh openssh",
@@ -107,7 +108,13 @@ def cluster_add(name: str, root: str | None, slurm: dict[str, str | int], **valu
     return 0
 
 
-@verb("list", prints_data=True, uses_root=False, examples=["slurmfork cluster list", "slurmfork cluster list --json"])
+@verb(
+    "list",
+    prints_data=True,
+    uses_root=False,
+    goes_elsewhere=False,
+    examples=["slurmfork cluster list", "slurmfork cluster list --json"],
+)
 def cluster_list(as_json: bool) -> int:
     """Show the profiles in config.toml."""
     found = clusters.read()
@@ -130,6 +137,7 @@ def _login(cluster: clusters.Cluster) -> str:
 
 @verb(
     "test",
+    goes_elsewhere=False,
     prints_data=True,
     uses_root=False,
     examples=["slurmfork cluster test big", "slurmfork cluster test big --json"],
@@ -223,6 +231,7 @@ def _slurmfork(version: str | None, name: str) -> Check:
 
 @verb(
     "trust",
+    goes_elsewhere=False,
     uses_root=False,
     examples=["slurmfork cluster trust big", "slurmfork cluster trust big --fingerprint SHA256:..."],
 )

@@ -58,7 +58,7 @@ def doctor(backend: str | None, root: str | None, as_json: bool) -> int:
 
     Exits with 0 if everything is as it should be, else with 1.
     """
-    place = Path(root).absolute() if root else rundir.default_root()
+    place = rundir.root_of(root)
     found = [*_machine(), *_place(place), *_slurm(backend)]
     if as_json:
         output.document({"checks": found})

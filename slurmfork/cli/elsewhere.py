@@ -11,7 +11,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from click.core import ParameterSource
 
 from slurmfork import clusters
 from slurmfork.cli import output, sending
-from slurmfork.errors import UsageError
+from slurmfork.errors import SpecError, UsageError
 from slurmfork.remote.frames import Hello, Request, Terminal
 from slurmfork.remote.visit import Ear, NotThere, OtherVersion, Show, Visit
 from slurmfork.version import __version__
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Done once, whatever becomes of the connection; the other verbs only look, and are simply asked again.
 CHANGING = frozenset({"submit", "run", "fork", "stop", "cancel", "clean", "prune"})
+STAYING = frozenset({"validate", "plan"})  # need the profile, and nobody over there
 MARKED = frozenset({"logs"})
 PATIENT = 3  # signals after which we leave, even if the far side does not answer
 
@@ -60,6 +61,17 @@ def run(ctx: click.Context, cluster: str) -> int:
             return visit.run()
     except NotThere as error:
         raise NotThere(f"{error}; `slurmfork cluster bootstrap {cluster}` puts it there") from None
+
+
+def lay_defaults(ctx: click.Context, cluster: str) -> None:
+    """Have a verb that stays here see a spec as it would be on the cluster."""
+    from slurmfork.spec import reader
+
+    profile = clusters.find(cluster)
+    overrides = tuple(ctx.params["overrides"])
+    with suppress(SpecError):  # the verb itself says what is wrong
+        spec = reader.load(ctx.params["spec"], overrides=overrides, backend=ctx.params["backend"])
+        ctx.params["overrides"] = (*overrides, *_defaults(spec, profile))
 
 
 def _show(request: Request) -> Show:

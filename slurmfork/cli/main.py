@@ -45,7 +45,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "logs": ("look", "What the workers write, one or all merged."),
     },
     "Clusters": {
-        "cluster": ("group", "Reach clusters by SSH: add, list, test, trust."),
+        "cluster": ("group", "Reach clusters by SSH: add, list, test, trust, bootstrap."),
     },
     "Upkeep": {
         "clean": ("tidy", "End whatever is left of runs that are over."),
@@ -60,6 +60,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "list": ("cluster", "Show the profiles."),
         "test": ("cluster", "Go to a cluster step by step; says what to do."),
         "trust": ("cluster", "Accept the host key of a cluster."),
+        "bootstrap": ("bootstrap", "Put this version of slurmfork there."),
     },
 }
 VERBS: dict[str, tuple[str, str]] = {name: entry for section in SECTIONS.values() for name, entry in section.items()}

@@ -32,7 +32,9 @@ class Verb(click.Command):
         if cluster := ctx.params.pop("cluster", None):
             from slurmfork.cli import elsewhere
 
-            return elsewhere.run(ctx, cluster)
+            if self.name not in elsewhere.STAYING:
+                return elsewhere.run(ctx, cluster)
+            elsewhere.lay_defaults(ctx, cluster)
         return super().invoke(ctx)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

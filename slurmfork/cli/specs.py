@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 @verb(
     "init",
+    goes_elsewhere=False,
     uses_root=False,
     examples=["slurmfork init", "slurmfork init grpo.yaml && slurmfork run grpo.yaml -b local"],
 )

@@ -290,6 +290,7 @@ def _as_at_login() -> None:
 
 def main() -> int:
     """Serve one client."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # that the client is gone is heard by the end of the stream
     installation.settle()
     for name in [name for name in os.environ if name.startswith("SLURMFORK_") and name != names.ROOT]:
         del os.environ[name]

@@ -18,6 +18,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from paramiko.agent import AgentKey, AgentSSH
+from paramiko.pkey import PublicBlob
 
 LISTING_S = 10.0
 SIGNING_S = 60.0  # somebody may have to say yes, or to touch something
@@ -130,8 +131,10 @@ class Agent:
 
 def _with_certificate(key: Any) -> AgentKey:
     """paramiko shows the plain key under a certificate's name; servers take the certificate only."""
-    if is_certificate(key) and key.inner_key is not None:
-        key.public_blob = key.inner_key.public_blob
+    if is_certificate(key):
+        key.public_blob = PublicBlob(key.get_name(), key.blob)
+    elif key.inner_key is None:  # of a kind that paramiko does not know, as on a security token; the agent does
+        key.public_blob = None
     agent_key: AgentKey = key
     return agent_key
 

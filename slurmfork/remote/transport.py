@@ -29,7 +29,8 @@ class Done(NamedTuple):
 
 
 class Channel(Protocol):
-    """A command that runs over there. Methods raise ConnectionLost once the connection is."""
+    """A command that runs over there. Methods raise ConnectionLost once the connection is lost; over a connection that
+    is shared with OpenSSH only ``wait`` can tell, after the end of the output."""
 
     def send(self, data: bytes) -> None:
         """Write to its standard input, all of it; BrokenPipeError where it does not read any more."""
@@ -59,7 +60,8 @@ class Transport(Protocol):
         """Start a command; raises TransportError in one line that says what to do, ConnectionLost if that may pass.
 
         ``env``: what it has beyond the environment that a login gives it; no place for secrets, for others can see
-        the command line by which it gets there.
+        the command line by which it gets there. A word that holds a line break is a UsageError over SSH: no way of
+        quoting it suits all login shells.
         """
 
     def connect(self, host: str, port: int, timeout: float = 10.0) -> socket.socket:
