@@ -169,12 +169,17 @@ def is_here(cluster: Cluster) -> bool:
     return is_this_machine(cluster.host, cluster.user)
 
 
-def python_there(cluster: Cluster) -> str:
-    """The Python that runs slurmfork on the login node, as a word of a command: SSH starts those in the home."""
+def python_there(cluster: Cluster) -> list[str]:
+    """The Python that runs slurmfork on the login node, as the first words of a command.
+
+    A path below the home directory is looked for there, wherever the login shell may have gone.
+    """
     python = cluster.python or PYTHON_THERE
     if is_here(cluster):
-        return str(Path.home() / Path(python).expanduser())
-    return python.removeprefix("~/")
+        return [str(Path.home() / Path(python).expanduser())]
+    if python.startswith("/"):
+        return [python]
+    return ["sh", "-c", 'exec "$HOME/$0" "$@"', python.removeprefix("~/")]
 
 
 def _ssh_options(cluster: Cluster) -> list[str]:

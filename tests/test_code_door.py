@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -297,6 +298,9 @@ def test_submit_with_a_cluster_sends_the_code(sender: Sender) -> None:
     """`--cluster` of a profile that is this machine itself."""
     spec = sender.tree / "spec.yaml"
     spec.write_text(SPEC)
+    config = sender.local.directory / "config.toml"
+    config.write_text(f'[clusters.here]\nhost = "localhost"\npython = {json.dumps(sys.executable)}\n')
+    sender.local.env["SLURMFORK_CONFIG"] = str(config)
     run_id = sender.local.json("submit", str(spec), "--cluster", "here")["run_id"]
     sender.local.runs.append(run_id)
     code = sender.local.root / run_id / "code"

@@ -108,7 +108,7 @@ class Visitor:
         for name, value in more.items():
             setattr(request, name, value)
         ear = Ear(self.hear, self.hear_errors, self.said.append)
-        return Visit(lambda: self.way, self.python, request, ear, show=show)
+        return Visit(lambda: self.way, [self.python], request, ear, show=show)
 
     def __call__(self, *args: str, **more: object) -> int:
         self.out = self.err = b""

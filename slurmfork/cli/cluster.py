@@ -26,11 +26,11 @@ _NEXT = {"": "address", "address": "connection", "connection": "host key", "host
 _MARK = "slurmfork-cluster-test"
 # One command for all facts; what a noisy start-up file writes stands before the mark.
 _PROBE = (
-    f"echo {_MARK}; "
-    'for c in "$1" python3 python3.14 python3.13 python3.12 python3.11 python3.10; do '
+    f'echo {_MARK}; case "$1" in /*) p=$1;; *) p=$HOME/$1;; esac; '
+    'for c in "$p" python3 python3.14 python3.13 python3.12 python3.11 python3.10; do '
     '[ -n "$c" ] && v=$("$c" -c "import sys; print(*sys.version_info[:3])" 2>/dev/null) && echo "python $v $c"; done; '
     's=$(sbatch --version 2>/dev/null) && echo "sbatch $s"; '
-    f'f=$("$1" -m slurmfork --version 2>/dev/null) && echo "slurmfork $f"; '
+    f'f=$("$p" -m slurmfork --version 2>/dev/null) && echo "slurmfork $f"; '
     "exit 0"
 )
 _LEAST = (3, 10)
@@ -182,8 +182,7 @@ def _go(transport: Transport, cluster: clusters.Cluster, note: Any, checks: list
     from slurmfork.remote.local import LocalTransport
     from slurmfork.remote.transport import run
 
-    python = clusters.python_there(cluster)
-    done = run(transport, ["sh", "-c", _PROBE, "sh", python], timeout=30)
+    done = run(transport, ["sh", "-c", _PROBE, "sh", clusters.python_there(cluster)[-1]], timeout=30)
     if isinstance(transport, LocalTransport):
         note("connection", f"{cluster.host} is this machine: no SSH is needed")
     elif not checks:

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple
@@ -64,12 +64,12 @@ class Show(Enum):
 
 
 class Visit:
-    """One verb run over there. ``transport`` makes a fresh way to the login node, ``python`` is the one over there."""
+    """One verb run over there. ``transport`` makes a fresh way to the login node, ``python`` begins a command there."""
 
     def __init__(
         self,
         transport: Callable[[], Transport],
-        python: str,
+        python: Sequence[str],
         request: Request,
         ear: Ear,
         *,
@@ -174,7 +174,7 @@ class Visit:
     def _opened(self) -> Iterator[tuple[Channel, Iterator[Frame]]]:
         transport = self._connect()
         try:
-            channel = transport.start([self._python, "-I", "-m", "slurmfork.remote.door"])
+            channel = transport.start([*self._python, "-I", "-m", "slurmfork.remote.door"])
             try:
                 frames = self._frames(channel, transport.name)
                 self._greet(frames)
@@ -210,7 +210,7 @@ class Visit:
                 heard = True
                 yield frame
         if not heard:
-            raise _no_door(name, self._python, channel.wait(HELLO_S), unpacker.noise, errors)
+            raise _no_door(name, self._python[-1], channel.wait(HELLO_S), unpacker.noise, errors)
 
 
 class _Output:
