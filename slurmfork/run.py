@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slurmfork import backends, rundir
 from slurmfork.backends.base import PATIENCE_S, Backend, Job, JobReport
@@ -34,6 +35,9 @@ from slurmfork.names import RunState
 from slurmfork.observe import Observation, RunStatus
 from slurmfork.rundir import EndRecord, RunDir, RunRecord
 from slurmfork.spec import Spec, Stop
+
+if TYPE_CHECKING:
+    from slurmfork.engine.role import Role
 
 POLL = 0.05  # seconds between looks at a file that another node will write
 SCHEDULER_POLL = 2.0  # seconds between asking the backend, which asks Slurm still more seldom
@@ -182,6 +186,27 @@ class Run:
             if self.rundir.end.exists() or self.rundir.batch_status.exists() or self.rundir.head.exists() != had_head:
                 return
             time.sleep(POLL)
+
+    # --- engines
+
+    def role(self, name: str) -> Role:
+        """The workers of a role that hosts engines, to call their methods; all of them have to be up.
+
+        Raises UsageError where there is no such role, or it has a command; WorkerFailed, EngineError for one that is
+        not up.
+        """
+        from slurmfork.engine.role import Role, packages_of
+
+        return Role(self, name, packages_of(self.spec()))
+
+    @property
+    def credentials_directory(self) -> Path:
+        """Where the run's certificates are."""
+        return self.rundir.credentials
+
+    def engine_views(self, role: str) -> list[WorkerView]:
+        """The workers of a role, as they stand now."""
+        return self.workers(role)
 
     # --- acting
 

@@ -30,10 +30,10 @@ from slurmfork.messages import (
     fork_request,
     new_request_id,
 )
+from slurmfork.notify import notify
 
 T = TypeVar("T")
 
-NOTIFY_SOCKET = "NOTIFY_SOCKET"
 ANSWER_TIMEOUT_S = 60.0
 LONGEST_WAIT_S = 7 * 86_400.0  # for what the head bounds itself: readiness of children, graces of workers
 _MARGIN_S = 60.0
@@ -158,22 +158,6 @@ class CurrentWorker:
         if response.status != 200:
             raise _refusal(response.status, answer)
         return msgspec.json.decode(answer, type=kind)
-
-
-def notify(text: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Send lines to the notify socket (systemd's protocol); False where there is none."""
-    address = environment.get(NOTIFY_SOCKET)
-    if not address:
-        return False
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        try:
-            sender.connect(address)
-            sender.sendall(text.encode())
-        except OSError as error:
-            raise Unreachable(f"the agent of this node does not listen: {error}") from None
-    return True
 
 
 class _UnixConnection(http.client.HTTPConnection):

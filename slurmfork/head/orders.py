@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from slurmfork.head.members import Members
 from slurmfork.messages import WorkerView
 from slurmfork.names import WorkerState
-from slurmfork.orders import Order
+from slurmfork.orders import EngineOrder, Order
 from slurmfork.plan import Placement
 from slurmfork.rundir import RunDir
 from slurmfork.spec import Role
@@ -56,7 +56,7 @@ def order(
     }
     return Order(
         worker=placement.worker,
-        command=list(command) if command else role.command,
+        command=list(command) if command else role.command or "",
         cwd=role.cwd or cwd,
         env={**environment, **{name: str(value) for name, value in ranks.items()}},
         devices=list(placement.gpus),
@@ -66,7 +66,15 @@ def order(
         ready=role.ready,
         restart=role.restart,
         stop=role.stop,
+        engine=_engine(role),
+        shared=role.shared,
     )
+
+
+def _engine(role: Role) -> EngineOrder | None:
+    if role.engine is None:
+        return None
+    return EngineOrder(path=role.engine, args=role.args, kwargs=role.kwargs, pickle=role.pickle)
 
 
 def pending_view(placement: Placement, devices: Sequence[int | str], rundir: RunDir) -> WorkerView:

@@ -1,0 +1,308 @@
+"""Channels: a connection that carries frames, over a Unix socket of this node or mutual TLS.
+
+``send`` may be called by any thread. Over a Unix socket the thread writes by itself what the socket takes, which saves
+the event loop's turn; ``post`` leaves it to the loop, which then sends many at once.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+from slurmfork import silence
+from slurmfork.engine.wire import Arrived, Frame, Inbox
+from slurmfork.errors import CodecError
+
+_MOST_PARTS = 256  # in one system call
+_MOST_BYTES = 1024 * 1024
+_ANCILLARY = socket.CMSG_SPACE(4 * 253)
+_SILENCE_S = 20
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+BUFFER = 1024 * 1024  # bytes that a socket is asked to hold
+
+
+class Channel(Protocol):
+    """What a connection is to those who use it. ``lost`` of the maker is called once, in the loop, when it ends."""
+
+    shares: bool  # whether it can pass descriptors
+
+    def send(self, frame: Frame) -> None:
+        """Send; what cannot leave at once waits. Nothing happens once it is closed."""
+
+    def post(self, frame: Frame) -> None:
+        """Send when the loop has its turn, or with the next ``send``."""
+
+    def close(self) -> None:
+        """Let what waits go, and end it; in the loop."""
+
+
+Taker = Callable[[Arrived], None]
+Loser = Callable[[str], None]
+
+
+class _Piece(NamedTuple):
+    """A part of a frame that waits to be sent, with the descriptors that go with it and who keeps them open."""
+
+    part: bytes | memoryview
+    descriptors: Sequence[int]
+    owner: Frame | None
+
+
+def _pieces(frame: Frame) -> Iterator[_Piece]:
+    yield _Piece(frame.parts[0], frame.descriptors, frame)
+    for part in frame.parts[1:]:
+        yield _Piece(part, (), None)
+
+
+class UnixChannel:
+    """Over a connected Unix socket, which it owns. Made in the loop."""
+
+    shares = True
+
+    def __init__(self, sock: socket.socket, take: Taker, lost: Loser) -> None:
+        sock.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, BUFFER)
+        self._socket = sock
+        self._loop = asyncio.get_running_loop()
+        self._lost = lost
+        self._inbox = Inbox(take)
+        self._lock = threading.Lock()
+        self._waiting: deque[_Piece] = deque()
+        self._flush_due = False
+        self._blocked = False
+        self._closing = False
+        self._over = False
+        self._loop.add_reader(sock, self._readable)
+
+    def send(self, frame: Frame) -> None:
+        """See Channel."""
+        with self._lock:
+            if self._over:
+                return
+            self._waiting.extend(_pieces(frame))
+            if not self._blocked:
+                self._write()
+
+    def post(self, frame: Frame) -> None:
+        """See Channel."""
+        with self._lock:
+            if self._over:
+                return
+            self._waiting.extend(_pieces(frame))
+            due, self._flush_due = self._flush_due or self._blocked, True
+        if not due:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._flush)
+
+    def _flush(self) -> None:
+        with self._lock:
+            self._flush_due = False
+            if not self._over and not self._blocked:
+                self._write()
+
+    def _write(self) -> None:
+        """Write what the socket takes. With the lock."""
+        try:
+            while self._waiting:
+                self._write_some()
+        except (BlockingIOError, InterruptedError):
+            self._blocked = True
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._watch)
+        except OSError as error:
+            self._fail(str(error))
+
+    def _write_some(self) -> None:
+        parts: list[bytes | memoryview] = []
+        size = 0
+        descriptors = self._waiting[0].descriptors
+        for piece in self._waiting:
+            if parts and (piece.descriptors or len(parts) >= _MOST_PARTS or size >= _MOST_BYTES):
+                break  # descriptors go with the first byte of their frame
+            parts.append(piece.part)
+            size += len(piece.part)
+        if descriptors:
+            rights = array.array("i", descriptors)
+            sent = self._socket.sendmsg(parts, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        else:
+            sent = self._socket.sendmsg(parts)
+        for part in parts:
+            if sent < len(part):
+                self._waiting[0] = _Piece(memoryview(part)[sent:], (), None)
+                return
+            sent -= len(part)
+            self._waiting.popleft()
+
+    def _watch(self) -> None:
+        with self._lock:
+            if not self._over:
+                self._loop.add_writer(self._socket, self._writable)
+
+    def _writable(self) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._loop.remove_writer(self._socket)
+            self._blocked = False
+            self._write()
+            done = self._closing and not self._waiting
+        if done:
+            self._end("closed")
+
+    def _fail(self, why: str) -> None:
+        """The socket is broken. With the lock, in any thread."""
+        self._waiting.clear()
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._end, why)
+
+    def _readable(self) -> None:
+        for _ in range(64):  # then others have their turn
+            room = self._inbox.room()
+            try:
+                count, ancillary, _flags, _ = self._socket.recvmsg_into([room], _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self._end(str(error))
+                return
+            for level, kind, data in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    self._inbox.descriptors.extend(array.array("i", data[: len(data) - len(data) % 4]))
+            if not count:
+                self._end("the other side is gone")
+                return
+            try:
+                self._inbox.filled(count)
+            except CodecError as error:
+                self._end(str(error))
+                return
+            if self._over or count < len(room):
+                return
+
+    def close(self) -> None:
+        """See Channel."""
+        with self._lock:
+            self._closing = True
+            wait = bool(self._waiting) and not self._over
+        if not wait:
+            self._end("closed")
+
+    def _end(self, why: str) -> None:
+        with self._lock:
+            if self._over:
+                return
+            self._over = True
+            self._waiting.clear()
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        self._inbox.close()
+        self._lost(why)
+
+
+class TlsChannel(asyncio.BufferedProtocol):
+    """Over TCP with the run's TLS; a protocol of the event loop."""
+
+    shares = False
+
+    def __init__(self, take: Taker, lost: Loser, made: Callable[[TlsChannel], None] = lambda channel: None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._inbox = Inbox(take)
+        self._lost = lost
+        self._made = made
+        self._transport: asyncio.Transport | None = None
+        self._waiting: deque[_Piece] = deque()
+        self._lock = threading.Lock()
+        self._flush_due = False
+        self._paused = False
+        self._closing = False
+        self._why = "the other side is gone"
+
+    def fact(self, name: str) -> Any:
+        """What the transport knows of the connection: ``ssl_object``."""
+        assert self._transport is not None
+        return self._transport.get_extra_info(name)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=4 * BUFFER)
+        silence.notice(self.fact("socket"), _SILENCE_S)
+        self._made(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        self._closing = True
+        self._inbox.close()
+        self._lost(str(exc) if exc else self._why)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Called by the event loop."""
+        return self._inbox.room()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Called by the event loop."""
+        if self._closing:
+            return
+        try:
+            self._inbox.filled(nbytes)
+        except CodecError as error:
+            self._why = str(error)
+            self.close()
+
+    def pause_writing(self) -> None:
+        """Called by the event loop."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """Called by the event loop."""
+        self._paused = False
+        self._write()
+
+    def send(self, frame: Frame) -> None:
+        """See Channel: only the loop may write."""
+        self.post(frame)
+
+    def post(self, frame: Frame) -> None:
+        """See Channel."""
+        with self._lock:
+            self._waiting.extend(_pieces(frame))
+            due, self._flush_due = self._flush_due, True
+        if not due:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._flush)
+
+    def _flush(self) -> None:
+        with self._lock:
+            self._flush_due = False
+        self._write()
+
+    def _write(self) -> None:
+        while self._waiting and not self._paused and self._transport is not None and not self._closing:
+            part = self._waiting.popleft().part
+            if len(part) > BUFFER:  # so that there is a pause within it, too
+                self._waiting.appendleft(_Piece(memoryview(part)[BUFFER:], (), None))
+                part = memoryview(part)[:BUFFER]
+            self._transport.write(part)
+
+    def close(self) -> None:
+        """See Channel."""
+        self._write()
+        self._closing = True
+        if self._transport is not None:
+            self._transport.close()
+
+
+def peer_uid(sock: socket.socket) -> int:
+    """The user id at the other end of a Unix socket, by the kernel's word."""
+    data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    uid: int = _CREDENTIALS.unpack(data)[1]
+    return uid
