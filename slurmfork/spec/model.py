@@ -102,7 +102,7 @@ class Role(Section, kw_only=True, frozen=True):
     cpus: Count | None = None
     # Environment of these workers, over the run's. Numbers and true become the text that they are written as.
     env: dict[str, str] = field(default_factory=dict)
-    # Working directory, absolute. Left out: the directory of submission.
+    # Working directory, absolute. Left out: with colocation the target's, else the directory of submission.
     cwd: str | None = None
     # Free TCP ports to reserve for each worker, in SLURMFORK_PORTS and as {port}.
     ports: Annotated[int, Meta(ge=0, le=64)] = 0
