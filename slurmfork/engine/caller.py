@@ -212,7 +212,7 @@ class Connection:
             received, self._received = self._received, []
             self._pending[number] = pending
         try:
-            pending.frame = frame = wire.frame(make(number, received), value, share=channel.shares)
+            pending.frame = frame = wire.frame(make(number, received), value, channel.lender)
         except BaseException:
             self._pending.pop(number, None)
             raise

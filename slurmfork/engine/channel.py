@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 from slurmfork import silence
+from slurmfork.engine import wire
+from slurmfork.engine.shared import IDLE_S, Borrower, Lender
 from slurmfork.engine.wire import Arrived, Frame, Inbox
 from slurmfork.errors import CodecError
 
@@ -31,7 +33,7 @@ BUFFER = 1024 * 1024  # bytes that a socket is asked to hold
 class Channel(Protocol):
     """What a connection is to those who use it. ``lost`` of the maker is called once, in the loop, when it ends."""
 
-    shares: bool  # whether it can pass descriptors
+    lender: Lender | None  # of shared memory, where both ends are on one node
 
     def send(self, frame: Frame) -> None:
         """Send; what cannot leave at once waits. Nothing happens once it is closed."""
@@ -48,23 +50,20 @@ Loser = Callable[[str], None]
 
 
 class _Piece(NamedTuple):
-    """A part of a frame that waits to be sent, with the descriptors that go with it and who keeps them open."""
+    """A part of a frame that waits to be sent, with the descriptors that go with it."""
 
     part: bytes | memoryview
-    descriptors: Sequence[int]
-    owner: Frame | None
+    descriptors: Sequence[int] = ()
 
 
 def _pieces(frame: Frame) -> Iterator[_Piece]:
-    yield _Piece(frame.parts[0], frame.descriptors, frame)
+    yield _Piece(frame.parts[0], frame.hand_over() if frame.blocks else ())
     for part in frame.parts[1:]:
-        yield _Piece(part, (), None)
+        yield _Piece(part)
 
 
 class UnixChannel:
     """Over a connected Unix socket, which it owns. Made in the loop."""
-
-    shares = True
 
     def __init__(self, sock: socket.socket, take: Taker, lost: Loser) -> None:
         sock.setblocking(False)
@@ -73,7 +72,12 @@ class UnixChannel:
         self._socket = sock
         self._loop = asyncio.get_running_loop()
         self._lost = lost
-        self._inbox = Inbox(take)
+        self.lender: Lender | None = Lender(self._loop.time)
+        self._borrower = Borrower(self._let_go)
+        self._let_gone: deque[int] = deque()
+        self._trimming = False
+        self._use = take
+        self._inbox = Inbox(self._take, self._borrower)
         self._lock = threading.Lock()
         self._waiting: deque[_Piece] = deque()
         self._flush_due = False
@@ -136,7 +140,7 @@ class UnixChannel:
             sent = self._socket.sendmsg(parts)
         for part in parts:
             if sent < len(part):
-                self._waiting[0] = _Piece(memoryview(part)[sent:], (), None)
+                self._waiting[0] = _Piece(memoryview(part)[sent:])
                 return
             sent -= len(part)
             self._waiting.popleft()
@@ -162,6 +166,44 @@ class UnixChannel:
         self._waiting.clear()
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._end, why)
+
+    # --- shared memory
+
+    def _take(self, arrived: Arrived) -> None:
+        message = arrived.message
+        if isinstance(message, wire.Freed):
+            assert self.lender is not None
+            self.lender.freed(message.blocks)
+            if not self._trimming:
+                self._trimming = True
+                self._loop.call_later(IDLE_S, self._trim)
+        elif isinstance(message, wire.Dropped):
+            self._borrower.dropped(message.blocks)
+        else:
+            self._use(arrived)
+
+    def _trim(self) -> None:
+        assert self.lender is not None
+        if dropped := self.lender.trim():
+            self.send(wire.frame(wire.Dropped(dropped)))
+        self._trimming = not self._over and not self.lender.empty
+        if self._trimming:
+            self._loop.call_later(IDLE_S, self._trim)
+
+    def _let_go(self, block: int) -> None:
+        """Nobody here looks at a block any more. Takes no lock: garbage is collected wherever it falls."""
+        self._let_gone.append(block)
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._tell_let_go)
+
+    def _tell_let_go(self) -> None:
+        blocks = []
+        while self._let_gone:
+            blocks.append(self._let_gone.popleft())
+        if blocks:
+            self.send(wire.frame(wire.Freed(blocks)))
+
+    # --- reading, and the end
 
     def _readable(self) -> None:
         for _ in range(64):  # then others have their turn
@@ -205,13 +247,16 @@ class UnixChannel:
         self._loop.remove_writer(self._socket)
         self._socket.close()
         self._inbox.close()
+        self._borrower.close()
+        if self.lender is not None:
+            self.lender.close()
         self._lost(why)
 
 
 class TlsChannel(asyncio.BufferedProtocol):
     """Over TCP with the run's TLS; a protocol of the event loop."""
 
-    shares = False
+    lender: Lender | None = None
 
     def __init__(self, take: Taker, lost: Loser, made: Callable[[TlsChannel], None] = lambda channel: None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -289,7 +334,7 @@ class TlsChannel(asyncio.BufferedProtocol):
         while self._waiting and not self._paused and self._transport is not None and not self._closing:
             part = self._waiting.popleft().part
             if len(part) > BUFFER:  # so that there is a pause within it, too
-                self._waiting.appendleft(_Piece(memoryview(part)[BUFFER:], (), None))
+                self._waiting.appendleft(_Piece(memoryview(part)[BUFFER:]))
                 part = memoryview(part)[:BUFFER]
             self._transport.write(part)
 

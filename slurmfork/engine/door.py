@@ -116,7 +116,7 @@ class Door:
         self._visits.discard(visit)
         session = self._sessions.get(name)
         if session is not None and visit.channel is not None and session.leave(visit.channel):
-            self._loop.call_later(LINGER_S if visit.channel.shares is False else 0, self._forget, name, session)
+            self._loop.call_later(LINGER_S if visit.channel.lender is None else 0, self._forget, name, session)
 
     def _forget(self, name: str, session: Session) -> None:
         if session.deserted and self._sessions.get(name) is session:

@@ -106,6 +106,7 @@ class Hosted:
                 job()
             except BaseException:  # a job answers for itself; this thread must go on
                 log.exception("fault in the thread of %s", self.worker)
+            del job  # with all that came with the call, which may be large
 
     def in_thread(self, what: str, work: Callable[[], Any]) -> asyncio.Future[Any]:
         """The result of ``work()``, done in its thread."""

@@ -79,7 +79,7 @@ class Session:
         if number in self._running:
             return None
         if (kept := self._kept.get(number)) is not None:
-            if self._channel is not None:
+            if self._channel is not None and not kept.lent:
                 self._channel.send(kept)
             return None
         running = self._running[number] = Running(number, credit)
@@ -303,7 +303,7 @@ class Session:
 
     def _frame(self, message: wire.Message, packed: Packed) -> wire.Frame:
         channel = self._channel
-        return wire.frame(message, packed, share=channel is not None and channel.shares)
+        return wire.frame(message, packed, channel.lender if channel is not None else None)
 
     def _fail(self, running: Running, error: BaseException, *, later: bool = False) -> None:
         self._answer(running, self._frame(wire.Failure(running.id), pack_failure(error)), later=later)

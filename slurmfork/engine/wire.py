@@ -19,14 +19,16 @@ from msgspec import Struct
 
 from slurmfork.engine import shared
 from slurmfork.engine.codec import Packed
+from slurmfork.engine.shared import Block, Borrower, Lender
 from slurmfork.errors import CodecError
 
 _PREFIX = struct.Struct("<III4x")  # bytes of the head, bytes of the body, number of buffers
-_SHARED = 1 << 63  # in a buffer's size: it is in shared memory
+_BUFFER = struct.Struct("<QQ")  # its bytes; 0, or the number of a block of shared memory, doubled, and 1 if it is new
 _ROOM = 256 * 1024
 _LITTLE = 16 * 1024  # room in which reading goes on before what is unread is moved to the front
 _MAPPED = 1024 * 1024  # bytes from which a buffer gets pages of its own, which the kernel clears as they are touched
 _MOST_BUFFERS = 1 << 20
+_MOST_DESCRIPTORS = 64  # with one frame; the kernel takes 253
 
 
 # --- what is said ------------------------------------------------------------------------------------------
@@ -132,54 +134,77 @@ class Failure(Message, tag=12):
     id: int
 
 
-Said = Hello | Welcome | Call | Create | Remove | Ask | Cancel | More | Received | Result | Item | Failure
+class Freed(Message, tag=13):
+    """Both ways: nobody here looks at these blocks of yours any more."""
+
+    blocks: list[int]
+
+
+class Dropped(Message, tag=14):
+    """Both ways: these blocks of mine will not be used again."""
+
+    blocks: list[int]
+
+
+_Asked = Hello | Call | Create | Remove | Ask | Cancel | More | Received
+_Answered = Welcome | Result | Item | Failure
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Said).decode
+_decode = msgspec.msgpack.Decoder(_Asked | _Answered | Freed | Dropped).decode
 
 
 # --- frames out --------------------------------------------------------------------------------------------
 
 
 class Frame:
-    """A frame to be sent, perhaps again: ``parts`` in their order, and descriptors, which it closes when it goes."""
+    """A frame to be sent, perhaps again: ``parts`` in their order, and the blocks of ``lender`` that it refers to."""
 
-    __slots__ = ("descriptors", "parts", "size")
+    __slots__ = ("blocks", "lender", "lent", "parts", "size")
 
-    def __init__(self, parts: list[bytes], descriptors: Sequence[int] = ()) -> None:
+    def __init__(self, parts: list[bytes], blocks: Sequence[Block] = (), lender: Lender | None = None) -> None:
         self.parts = parts
-        self.descriptors = descriptors
+        self.blocks = blocks
+        self.lender = lender
+        self.lent = bool(blocks)  # then it can be sent but once: what it refers to is used again
         self.size = sum(map(len, parts))
 
+    def hand_over(self) -> list[int]:
+        """It is being sent: the blocks are the other end's now. The descriptors of those that it does not know."""
+        new = [block.descriptor for block in self.blocks if not block.known]
+        for block in self.blocks:
+            block.known = True
+        self.blocks = ()
+        return new
+
     def __del__(self) -> None:
-        for descriptor in self.descriptors:
-            os.close(descriptor)
+        for block in self.blocks:
+            assert self.lender is not None
+            self.lender.give_back(block)
 
 
 NOTHING = Packed(b"", ())
 
 
-def frame(message: Message, value: Packed = NOTHING, *, share: bool = False) -> Frame:
-    """What is sent. ``share``: large buffers go by shared memory."""
+def frame(message: Message, value: Packed = NOTHING, lender: Lender | None = None) -> Frame:
+    """What is sent; large buffers go by shared memory where there is a ``lender``."""
     head = _encode(message)
     if not value.buffers:
         return Frame([_PREFIX.pack(len(head), len(value.body), 0) + head + value.body])
-    sizes: list[int] = []
+    table: list[bytes] = []
     inline: list[memoryview] = []
-    descriptors: list[int] = []
+    blocks: list[Block] = []
     for data in value.buffers:
-        sharing = share and data.nbytes >= shared.LEAST and len(descriptors) < shared.MOST_DESCRIPTORS
-        descriptor = shared.put(data) if sharing else None
-        if descriptor is None:
+        sharing = lender is not None and data.nbytes >= shared.LEAST and len(blocks) < _MOST_DESCRIPTORS
+        block = lender.lend(data) if lender is not None and sharing else None
+        if block is None:
             inline.append(data)
-            sizes.append(data.nbytes)
+            table.append(_BUFFER.pack(data.nbytes, 0))
         else:
-            descriptors.append(descriptor)
-            sizes.append(data.nbytes | _SHARED)
-    table = struct.pack(f"<{len(sizes)}Q", *sizes)
-    start = _PREFIX.pack(len(head), len(value.body), len(sizes)) + table + head + value.body
+            blocks.append(block)
+            table.append(_BUFFER.pack(data.nbytes, block.number << 1 | (not block.known)))
+    start = b"".join((_PREFIX.pack(len(head), len(value.body), len(table)), *table, head, value.body))
     if sum(data.nbytes for data in inline) < _ROOM:
-        return Frame([b"".join((start, *inline))], descriptors)
-    return Frame([start, *map(bytes, inline)], descriptors)
+        return Frame([b"".join((start, *inline))], blocks, lender)
+    return Frame([start, *map(bytes, inline)], blocks, lender)
 
 
 # --- frames in ---------------------------------------------------------------------------------------------
@@ -196,12 +221,14 @@ class Arrived(NamedTuple):
 class Inbox:
     """Makes frames of what is read: fill ``room()``, tell ``filled``; ``take`` hears of each frame, in order.
 
-    Large buffers are read to where they stay. ``filled`` raises CodecError for what is no frame.
+    Large buffers are read to where they stay, or are a ``borrower``'s. ``filled`` raises CodecError for what is no
+    frame.
     """
 
-    def __init__(self, take: Callable[[Arrived], None]) -> None:
+    def __init__(self, take: Callable[[Arrived], None], borrower: Borrower | None = None) -> None:
         self.descriptors: deque[int] = deque()
         self._take = take
+        self._borrower = borrower
         self._buffer = bytearray(_ROOM)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
@@ -244,16 +271,17 @@ class Inbox:
             self._start += _PREFIX.size
             if count > _MOST_BUFFERS:
                 raise CodecError("what came is no frame")
-            sizes = struct.unpack(f"<{count}Q", (yield from self._bytes(8 * count))) if count else ()
+            table = (yield from self._bytes(_BUFFER.size * count)) if count else b""
             whole = yield from self._bytes(head + body)
             try:
                 message = _decode(memoryview(whole)[:head])
             except msgspec.DecodeError as error:
                 raise CodecError(f"what came is no frame: {error}") from None
             buffers = []
-            for size in sizes:
-                buffers.append(self._shared(size & ~_SHARED) if size & _SHARED else (yield from self._large(size)))
+            for size, block in _BUFFER.iter_unpack(table):
+                buffers.append(self._shared(size, block) if block else (yield from self._large(size)))
             self._take(Arrived(message, whole[head:], buffers))
+            del message, whole, buffers  # nothing of a frame is kept until the next one comes
 
     def _bytes(self, count: int) -> Generator[None, None, bytes]:
         if self._end - self._start >= count:
@@ -276,7 +304,8 @@ class Inbox:
                 yield
         return made if size < _MAPPED else target
 
-    def _shared(self, size: int) -> memoryview:
-        if not self.descriptors:
-            raise CodecError("a descriptor is missing")
-        return shared.take(self.descriptors.popleft(), size)
+    def _shared(self, size: int, block: int) -> memoryview:
+        if self._borrower is None or (block & 1 and not self.descriptors):
+            raise CodecError("shared memory is refused here")
+        descriptor = self.descriptors.popleft() if block & 1 else None
+        return self._borrower.take(block >> 1, size, descriptor)
