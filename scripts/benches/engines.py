@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,12 @@ def arrays(bench: Any, worker: Any, rays: dict[str, Any]) -> None:
     add(bench, name, statistics.median(trips), "ms", rays, "trip", "<= 1")
     from slurmfork.engine import shared
 
-    for kib in (64, 256, 1024, 4096):
-        array = numpy.ones(kib << 10, numpy.uint8)
+    for kib in (16, 64, 256, 1024, 4096):
+        call = partial(worker.call, "echo", numpy.ones(kib << 10, numpy.uint8))
         took = {}
         for way, least in (("shared", 0), ("socket", 1 << 60)):
             kept, shared.LEAST = shared.LEAST, least  # this side's; the answer comes by the host's own choice
-            took[way] = statistics.median(1e6 * seconds(lambda: worker.call("echo", array)) for _ in range(200))
+            took[way] = statistics.median(1e6 * seconds(call) for _ in range(200))
             shared.LEAST = kept
         bench.add(f"{kib} KiB there by shared memory", took["shared"], "us", "the socket", took["socket"])
 
@@ -135,5 +136,7 @@ def throughput(run: Any) -> float:
     for worker in workers:
         worker.call("spin", SPIN)
     calls = 6
-    took = seconds(lambda: [f.result() for f in [worker.submit("spin", SPIN) for worker in workers for _ in range(calls)]])
+    took = seconds(
+        lambda: [f.result() for f in [worker.submit("spin", SPIN) for worker in workers for _ in range(calls)]]
+    )
     return len(workers) * calls * SPIN / took

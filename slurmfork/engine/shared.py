@@ -21,10 +21,11 @@ from contextlib import suppress
 
 from slurmfork.errors import CodecError
 
-LEAST = 128 * 1024  # bytes; below, two copies through a socket are as quick (scripts/bench --only engine)
+LEAST = 64 * 1024  # bytes; below, two copies through a socket are as quick (scripts/bench --only engine)
 MOST_BLOCKS = 64  # of one end of a connection: each is a descriptor in both processes; what is beyond is sent
 IDLE_S = 10.0  # after which a block that is not lent is given back to the system
 _UNIT = 64 * 1024
+_POPULATED = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all pages at once: a fault for each would take many times as long
 _STEP = 4 * 1024 * 1024  # bytes copied at once, with the interpreter's lock held
 
 # fcntl's own names for these are not there on all systems.
@@ -50,13 +51,15 @@ class Block:
                 rest = rest[os.write(self.descriptor, rest) :]
             os.ftruncate(self.descriptor, self.size)
             fcntl.fcntl(self.descriptor, _ADD_SEALS, _SHRINK)
-            self.map = mmap.mmap(self.descriptor, self.size)
+            self.map: mmap.mmap | None = None
         except BaseException:
             os.close(self.descriptor)
             raise
 
     def fill(self, data: memoryview) -> None:
-        """Copy to it."""
+        """Copy to it; raises OSError."""
+        if self.map is None:
+            self.map = mmap.mmap(self.descriptor, self.size, flags=_POPULATED)
         with memoryview(self.map) as target:
             for start in range(0, data.nbytes, _STEP):
                 part = data[start : start + _STEP]
@@ -65,8 +68,9 @@ class Block:
     def close(self) -> None:
         """Let go of it; the other end may still have it."""
         os.close(self.descriptor)
-        with suppress(BufferError):  # a thread is just writing to it: then it goes when that is done
-            self.map.close()
+        if self.map is not None:
+            with suppress(BufferError):  # a thread is just writing to it: then it goes when that is done
+                self.map.close()
 
 
 class Lender:
@@ -96,12 +100,14 @@ class Lender:
             else:
                 self._last += 1
                 number = self._last
-        if found is not None:
-            found.fill(data)
-            return found
         try:
+            if found is not None:
+                found.fill(data)
+                return found
             made = Block(number, data)
         except OSError:  # no memory, or no descriptors: sending may still do
+            if found is not None:
+                self.give_back(found)
             return None
         with self._lock:
             self._blocks[number] = made
@@ -191,7 +197,7 @@ def _mapped(descriptor: int) -> mmap.mmap:
     try:
         if not fcntl.fcntl(descriptor, _GET_SEALS) & _SHRINK:
             raise CodecError("shared memory that could shrink is refused")
-        return mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+        return mmap.mmap(descriptor, os.fstat(descriptor).st_size, flags=_POPULATED)
     except (OSError, ValueError) as error:
         raise CodecError(f"shared memory cannot be mapped: {error}") from None
     finally:
