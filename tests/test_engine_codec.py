@@ -35,7 +35,9 @@ def same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, Sample):
-        return same(vars(left), vars(right))
+        return all(
+            same(getattr(left, field), getattr(right, field)) for field in ("prompt", "rewards", "extra", "later")
+        )
     if isinstance(left, dict):
         if len(left) != len(right):
             return False

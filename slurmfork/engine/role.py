@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -23,18 +24,20 @@ from typing import Any, Literal, TypeVar
 
 from slurmfork.engine import wire
 from slurmfork.engine.background import background
-from slurmfork.engine.caller import Connection, Lost, Source
+from slurmfork.engine.caller import LOSS_PATIENCE_S, Connection, Lost, Source
 from slurmfork.engine.codec import Packed, pack, pack_pickle
 from slurmfork.engine.failures import worker_failed
 from slurmfork.engine.futures import gathered
 from slurmfork.engine.streams import WINDOW, AsyncStream, Stream
-from slurmfork.errors import EngineError, UsageError
+from slurmfork.errors import EngineError, Unreachable, UsageError
 from slurmfork.messages import WorkerView
 from slurmfork.names import OVER_STATES, UP_STATES
 from slurmfork.spec.model import Spec
 
 T = TypeVar("T")
 Codec = Literal["pickle"] | None
+
+_LOOK_PAUSE_S = 0.1
 
 _connections: dict[tuple[str, str, int | None], Connection] = {}  # by run, endpoint and PID; used in the background
 _opening: dict[tuple[str, str, int | None], asyncio.Future[Connection]] = {}
@@ -210,10 +213,18 @@ class Worker:
         with self._lock:
             if self._connection is not None and not self._connection.lost:
                 return self._connection
-            if self._connection is not None or self._view.state not in UP_STATES:
+            if self._connection is not None:
                 self._view = self._look()
-            made = self._connection = background().run(_connected(self._source, self._view))
-            return made
+            until = time.monotonic() + LOSS_PATIENCE_S
+            while True:
+                try:
+                    made = self._connection = background().run(_connected(self._source, self._view))
+                    return made
+                except Unreachable:
+                    if time.monotonic() >= until:
+                        raise
+                time.sleep(_LOOK_PAUSE_S)  # it has ended, perhaps, and the head is about to hear of it
+                self._view = self._look()
 
     def _look(self) -> WorkerView:
         """The worker as it stands now; raises WorkerFailed, or EngineError where it is not up yet."""
