@@ -26,6 +26,11 @@ def test_the_guardian_imports_no_third_party_at_all() -> None:
     assert not loaded.intersection([*HEAVY, "msgspec", "uvloop", "asyncio", "logging", "subprocess"])
 
 
+def test_an_engines_host_imports_nothing_heavy() -> None:
+    loaded = loaded_by("import slurmfork.engine.host")
+    assert not loaded.intersection([*HEAVY, "numpy", "pickle", "http.client", "slurmfork.spec", "slurmfork.messages"])
+
+
 def test_help_imports_nothing_of_the_verbs() -> None:
     loaded = loaded_by("from slurmfork.cli.main import main\nmain(['--help'])")
     assert not loaded.intersection([*HEAVY[4:], "aiohttp", "cryptography", "jinja2", "msgspec", "ssl"])
@@ -39,6 +44,8 @@ def test_help_imports_nothing_of_the_verbs() -> None:
         ("slurmfork.journal", ["slurmfork.run", "slurmfork.spec", "slurmfork.agent", "slurmfork.head"]),
         ("slurmfork.agent.main", ["slurmfork.run", "slurmfork.head", "slurmfork.cli", "slurmfork.plan"]),
         ("slurmfork.head.main", ["slurmfork.cli", "slurmfork.run", "slurmfork.agent", "slurmfork.client"]),
+        ("slurmfork.engine.host", ["slurmfork.run", "slurmfork.agent", "slurmfork.head", "slurmfork.engine.caller"]),
+        ("slurmfork.engine.role", ["slurmfork.run", "slurmfork.agent", "slurmfork.head", "slurmfork.cli"]),
         ("slurmfork.run", ["slurmfork.cli", "slurmfork.agent", "slurmfork.head"]),
     ],
 )

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slurmfork.engine.handle import Worker as Worker
     from slurmfork.engine.hosted import cancelled as cancelled
     from slurmfork.engine.role import Role as Role
-    from slurmfork.engine.role import Worker as Worker
 
 _HOMES = {
     "Role": "slurmfork.engine.role",
-    "Worker": "slurmfork.engine.role",
+    "Worker": "slurmfork.engine.handle",
     "cancelled": "slurmfork.engine.hosted",
 }
 

@@ -14,17 +14,20 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, InvalidStateError
-from pathlib import Path
-from typing import Any, Protocol
+from concurrent.futures import InvalidStateError
+from typing import Any
 
 from slurmfork import credentials
 from slurmfork.engine import wire
-from slurmfork.engine.channel import Channel, TlsChannel, UnixChannel
+from slurmfork.engine.channel import Channel
 from slurmfork.engine.codec import Packed, unpack, unpack_pickle
 from slurmfork.engine.failures import unpack_failure, verdict
 from slurmfork.engine.hosting import TLS, UNIX
-from slurmfork.engine.wire import Arrived
+from slurmfork.engine.inbox import Arrived
+from slurmfork.engine.pending import CallFuture, Lost, Pending, Sink
+from slurmfork.engine.source import Source
+from slurmfork.engine.tls import TlsChannel
+from slurmfork.engine.unix import UnixChannel
 from slurmfork.errors import CodecError, SlurmforkError, Unreachable, WorkerFailed
 from slurmfork.messages import WorkerView
 
@@ -33,62 +36,6 @@ LOSS_PATIENCE_S = 15.0  # for the head to say what became of a worker whose conn
 _LOSS_PAUSE_S, _LONGEST_LOSS_PAUSE_S = 0.02, 0.5
 _MANY = 64  # answers, of which the host is told if no call tells it
 _TELL_AFTER_S = 0.1
-
-Sink = Callable[[Any, "Exception | None", bool], None]  # the next item of a stream, or its error, or its end
-
-
-class Source(Protocol):
-    """Who knows the workers of a run: a Run, or the worker that this process is."""
-
-    @property
-    def run_id(self) -> str: ...
-
-    @property
-    def credentials_directory(self) -> Path:
-        """Where the run's certificates are."""
-
-    def engine_views(self, role: str) -> list[WorkerView]:
-        """The workers of a role, as they stand now."""
-
-
-class Lost(Unreachable):
-    """The connection was gone before a call was sent."""
-
-
-class CallFuture(Future[Any]):
-    """The result of a call that is under way; ``cancel`` tells the engine, too."""
-
-    def __init__(self, connection: Connection, number: int) -> None:
-        super().__init__()
-        self._connection = connection
-        self._number = number
-
-    def cancel(self) -> bool:
-        """Give up: an async method is cancelled, a sync one is told, and its result dropped."""
-        done = super().cancel()
-        if done:
-            self._connection.give_up(self._number)
-        return done
-
-
-class _Pending:
-    __slots__ = ("frame", "future", "packages", "sink", "worker")
-
-    def __init__(
-        self, worker: str, packages: Collection[str], future: CallFuture | None = None, sink: Sink | None = None
-    ) -> None:
-        self.worker = worker
-        self.packages = packages
-        self.future = future
-        self.sink = sink
-        self.frame: wire.Frame | None = None
-
-    def fail(self, error: Exception) -> None:
-        if self.sink is not None:
-            self.sink(None, error, True)
-        elif self.future is not None:
-            with contextlib.suppress(InvalidStateError):
-                self.future.set_exception(error)
 
 
 class Connection:
@@ -102,7 +49,7 @@ class Connection:
         self._channel: Channel | None = None
         self._welcome: asyncio.Future[wire.Welcome] = self._loop.create_future()
         self._numbers = itertools.count(1)
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Pending] = {}
         self._received: list[int] = []
         self._telling = False
         self._lock = threading.Lock()
@@ -172,8 +119,8 @@ class Connection:
     ) -> CallFuture:
         """Send one; ``make`` makes the message of its number and the answers that have come. Raises Lost."""
         number = next(self._numbers)
-        future = CallFuture(self, number)
-        self._send(number, _Pending(worker, packages, future=future), make, value)
+        future = CallFuture(number, self.give_up)
+        self._send(number, Pending(worker, packages, future=future), make, value)
         if timeout is not None:
             self._loop.call_soon_threadsafe(self._limit, number, timeout)
         return future
@@ -188,7 +135,7 @@ class Connection:
     ) -> int:
         """Send one whose items ``sink`` hears, in the background loop; its number. Raises Lost."""
         number = next(self._numbers)
-        self._send(number, _Pending(worker, packages, sink=sink), make, value)
+        self._send(number, Pending(worker, packages, sink=sink), make, value)
         return number
 
     def more(self, number: int, items: int) -> None:
@@ -203,7 +150,7 @@ class Connection:
             self._say(wire.Cancel(number))
 
     def _send(
-        self, number: int, pending: _Pending, make: Callable[[int, list[int]], wire.Message], value: Packed
+        self, number: int, pending: Pending, make: Callable[[int, list[int]], wire.Message], value: Packed
     ) -> None:
         channel = self._channel
         with self._lock:
@@ -272,7 +219,7 @@ class Connection:
             else:
                 self._welcome.set_exception(Unreachable(f"{message.worker} answers there"))
 
-    def _settled(self, number: int) -> _Pending | None:
+    def _settled(self, number: int) -> Pending | None:
         """An answer has come: it need not be kept there any longer, which is told with the next call, or soon."""
         with self._lock:
             self._received.append(number)

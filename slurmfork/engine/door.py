@@ -13,11 +13,13 @@ import socket
 from pathlib import Path
 
 from slurmfork.engine import wire
-from slurmfork.engine.channel import Channel, TlsChannel, UnixChannel, peer_uid
+from slurmfork.engine.channel import Channel
 from slurmfork.engine.hosted import Engines
 from slurmfork.engine.hosting import TLS, UNIX, Hosting
+from slurmfork.engine.inbox import Arrived
 from slurmfork.engine.session import Session
-from slurmfork.engine.wire import Arrived
+from slurmfork.engine.tls import TlsChannel
+from slurmfork.engine.unix import UnixChannel, peer_uid
 from slurmfork.errors import CodecError
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ class Door:
         self._unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._tcp: socket.socket | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._server: asyncio.Server | None = None
+        self._closed = False
         self._visits: set[_Visit] = set()
 
     def open(self) -> list[str]:
@@ -97,7 +101,7 @@ class Door:
             self._visits.add(visit)
             return channel
 
-        await self._loop.create_server(made, sock=listening, ssl=context, ssl_handshake_timeout=60)
+        self._server = await self._loop.create_server(made, sock=listening, ssl=context, ssl_handshake_timeout=60)
 
     def enter(self, visit: _Visit, hello: wire.Hello) -> Session:
         """Somebody said who it is; raises CodecError if it means another run."""
@@ -124,13 +128,21 @@ class Door:
             session.close()
 
     def close(self) -> None:
-        """Let nobody in any more, and see those out who are in."""
+        """Let nobody in any more, and see those out who are in; harmless when repeated."""
+        if self._closed:
+            return
+        self._closed = True
         self._loop.remove_reader(self._unix)
         self._unix.close()
         with contextlib.suppress(OSError):
             os.unlink(self._hosting.socket)  # noqa: PTH108
-        if self._tcp is not None:
+        if self._opening is not None:
+            self._opening.cancel()
+        elif self._tcp is not None:
             self._loop.remove_reader(self._tcp)
+        if self._server is not None:
+            self._server.close()
+        if self._tcp is not None:
             self._tcp.close()
         for visit in list(self._visits):
             if visit.channel is not None:

@@ -7,27 +7,19 @@ A frame owns its bytes: once made, nothing that the caller or an engine does to 
 
 from __future__ import annotations
 
-import mmap
-import os
 import struct
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import msgspec
 from msgspec import Struct
 
 from slurmfork.engine import shared
 from slurmfork.engine.codec import Packed
-from slurmfork.engine.shared import Block, Borrower, Lender
-from slurmfork.errors import CodecError
+from slurmfork.engine.shared import Block, Lender
 
-_PREFIX = struct.Struct("<III4x")  # bytes of the head, bytes of the body, number of buffers
-_BUFFER = struct.Struct("<QQ")  # its bytes; 0, or the number of a block of shared memory, doubled, and 1 if it is new
-_ROOM = 256 * 1024
-_LITTLE = 16 * 1024  # room in which reading goes on before what is unread is moved to the front
-_MAPPED = 1024 * 1024  # bytes from which a buffer gets pages of its own, which the kernel clears as they are touched
-_MOST_BUFFERS = 1 << 20
+PREFIX = struct.Struct("<III4x")  # bytes of the head, bytes of the body, number of buffers
+BUFFER = struct.Struct("<QQ")  # its bytes; 0, or the number of a block of shared memory, doubled, and 1 if it is new
+_JOINED = 256 * 1024  # bytes up to which a copy is cheaper than a part of its own
 _MOST_DESCRIPTORS = 64  # with one frame; the kernel takes 253
 
 
@@ -149,7 +141,7 @@ class Dropped(Message, tag=14):
 _Asked = Hello | Call | Create | Remove | Ask | Cancel | More | Received
 _Answered = Welcome | Result | Item | Failure
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Asked | _Answered | Freed | Dropped).decode
+decode = msgspec.msgpack.Decoder(_Asked | _Answered | Freed | Dropped).decode
 
 
 # --- frames out --------------------------------------------------------------------------------------------
@@ -188,7 +180,7 @@ def frame(message: Message, value: Packed = NOTHING, lender: Lender | None = Non
     """What is sent; large buffers go by shared memory where there is a ``lender``."""
     head = _encode(message)
     if not value.buffers:
-        return Frame([_PREFIX.pack(len(head), len(value.body), 0) + head + value.body])
+        return Frame([PREFIX.pack(len(head), len(value.body), 0) + head + value.body])
     table: list[bytes] = []
     inline: list[memoryview] = []
     blocks: list[Block] = []
@@ -197,115 +189,11 @@ def frame(message: Message, value: Packed = NOTHING, lender: Lender | None = Non
         block = lender.lend(data) if lender is not None and sharing else None
         if block is None:
             inline.append(data)
-            table.append(_BUFFER.pack(data.nbytes, 0))
+            table.append(BUFFER.pack(data.nbytes, 0))
         else:
             blocks.append(block)
-            table.append(_BUFFER.pack(data.nbytes, block.number << 1 | (not block.known)))
-    start = b"".join((_PREFIX.pack(len(head), len(value.body), len(table)), *table, head, value.body))
-    if sum(data.nbytes for data in inline) < _ROOM:
+            table.append(BUFFER.pack(data.nbytes, block.number << 1 | (not block.known)))
+    start = b"".join((PREFIX.pack(len(head), len(value.body), len(table)), *table, head, value.body))
+    if sum(data.nbytes for data in inline) < _JOINED:
         return Frame([b"".join((start, *inline))], blocks, lender)
     return Frame([start, *map(bytes, inline)], blocks, lender)
-
-
-# --- frames in ---------------------------------------------------------------------------------------------
-
-
-class Arrived(NamedTuple):
-    """A frame that came: buffers are writable, and nobody else's."""
-
-    message: Any
-    body: bytes
-    buffers: list[Any]
-
-
-class Inbox:
-    """Makes frames of what is read: fill ``room()``, tell ``filled``; ``take`` hears of each frame, in order.
-
-    Large buffers are read to where they stay, or are a ``borrower``'s. ``filled`` raises CodecError for what is no
-    frame.
-    """
-
-    def __init__(self, take: Callable[[Arrived], None], borrower: Borrower | None = None) -> None:
-        self.descriptors: deque[int] = deque()
-        self._take = take
-        self._borrower = borrower
-        self._buffer = bytearray(_ROOM)
-        self._view = memoryview(self._buffer)
-        self._start = self._end = 0
-        self._aside: memoryview | None = None  # what is read next goes there
-        self._reading = self._frames()
-        next(self._reading)
-
-    def room(self) -> memoryview:
-        """Where to read to."""
-        if self._aside is not None:
-            return self._aside
-        if self._start == self._end:
-            self._start = self._end = 0
-        elif _ROOM - self._end < _LITTLE:
-            unread = self._end - self._start
-            self._buffer[:unread] = self._buffer[self._start : self._end]
-            self._start, self._end = 0, unread
-        return self._view[self._end :]
-
-    def filled(self, count: int) -> None:
-        """So many bytes were read there."""
-        if self._aside is None:
-            self._end += count
-        else:
-            self._aside = self._aside[count:] if count < len(self._aside) else None
-            if self._aside is not None:
-                return
-        next(self._reading)
-
-    def close(self) -> None:
-        """Let go of descriptors that no frame has taken."""
-        while self.descriptors:
-            os.close(self.descriptors.popleft())
-
-    def _frames(self) -> Generator[None, None, None]:
-        while True:
-            while self._end - self._start < _PREFIX.size:
-                yield
-            head, body, count = _PREFIX.unpack_from(self._buffer, self._start)
-            self._start += _PREFIX.size
-            if count > _MOST_BUFFERS:
-                raise CodecError("what came is no frame")
-            table = (yield from self._bytes(_BUFFER.size * count)) if count else b""
-            whole = yield from self._bytes(head + body)
-            try:
-                message = _decode(memoryview(whole)[:head])
-            except msgspec.DecodeError as error:
-                raise CodecError(f"what came is no frame: {error}") from None
-            buffers = []
-            for size, block in _BUFFER.iter_unpack(table):
-                buffers.append(self._shared(size, block) if block else (yield from self._large(size)))
-            self._take(Arrived(message, whole[head:], buffers))
-            del message, whole, buffers  # nothing of a frame is kept until the next one comes
-
-    def _bytes(self, count: int) -> Generator[None, None, bytes]:
-        if self._end - self._start >= count:
-            self._start += count
-            return bytes(self._view[self._start - count : self._start])
-        return bytes((yield from self._large(count)))
-
-    def _large(self, size: int) -> Generator[None, None, Any]:
-        try:
-            made: Any = bytearray(size) if size < _MAPPED else mmap.mmap(-1, size, mmap.MAP_PRIVATE)
-        except (OSError, MemoryError, OverflowError) as error:
-            raise CodecError(f"no memory for {size} bytes: {error}") from None
-        target = memoryview(made)
-        here = min(size, self._end - self._start)
-        target[:here] = self._view[self._start : self._start + here]
-        self._start += here
-        if here < size:
-            self._aside = target[here:]
-            while self._aside is not None:
-                yield
-        return made if size < _MAPPED else target
-
-    def _shared(self, size: int, block: int) -> memoryview:
-        if self._borrower is None or (block & 1 and not self.descriptors):
-            raise CodecError("shared memory is refused here")
-        descriptor = self.descriptors.popleft() if block & 1 else None
-        return self._borrower.take(block >> 1, size, descriptor)
