@@ -10,7 +10,8 @@ import http.client
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -31,6 +32,9 @@ from slurmfork.messages import (
     new_request_id,
 )
 from slurmfork.notify import notify
+
+if TYPE_CHECKING:
+    from slurmfork.engine.role import Role
 
 T = TypeVar("T")
 
@@ -136,6 +140,25 @@ class CurrentWorker:
         """All workers of the run, or of one role."""
         views = self._ask("GET", "/v1/workers", None, WorkersReply).workers
         return [view for view in views if role in (None, view.role)]
+
+    def engines(self, role: str) -> Role:
+        """The workers of a role that hosts engines, to call their methods; all of them have to be up."""
+        from slurmfork.engine.role import Role, packages_of
+        from slurmfork.rundir import RunDir
+        from slurmfork.spec.model import Spec
+
+        rundir = RunDir(Path(self.run_dir))
+        spec = rundir.read_record(rundir.spec, Spec)
+        return Role(self, role, packages_of(spec) if spec else frozenset())
+
+    @property
+    def credentials_directory(self) -> Path:
+        """Where the run's certificates are."""
+        return Path(self.run_dir) / "credentials"
+
+    def engine_views(self, role: str) -> list[WorkerView]:
+        """The workers of a role, as they stand now."""
+        return self.workers(role)
 
     def ready(self, status: str = "") -> bool:
         """Say that this worker is ready (and ``status``, a line for people); False where nobody asks for that."""

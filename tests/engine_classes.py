@@ -112,6 +112,11 @@ class Engine:
     def exits(self) -> None:
         sys.exit(3)
 
+    def neighbours(self, role: str) -> list[int]:
+        """What those of another role say, asked from here."""
+        pids: list[int] = slurmfork.current().engines(role).call("pid")
+        return pids
+
     def unsendable(self) -> Any:
         return Plain()
 

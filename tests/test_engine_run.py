@@ -187,6 +187,12 @@ async def test_calls_can_be_awaited(actor: Role, one: Worker) -> None:
     assert [item async for item in one.astream("acounts", 100)] == list(range(100))
 
 
+def test_an_engine_calls_others(run: Run, actor: Role) -> None:
+    run.fork("reference")
+    assert run.role("reference").worker(0).call("neighbours", "actor") == actor.call("pid")
+    run.stop("reference")
+
+
 async def test_sync_calls_work_within_a_running_loop(actor: Role) -> None:
     assert actor.call("echo", "from a notebook") == ["from a notebook"] * 2
 
