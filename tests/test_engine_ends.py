@@ -164,6 +164,17 @@ def test_the_working_directory_and_pythonpath_hold_as_for_any_python(local: Shel
     assert worker.call("import_", "from_path") == str(other / "from_path.py")
 
 
+@pytest.mark.parametrize("who", ["agent_pid", "guardian_pid"])
+def test_nothing_is_left_when_those_are_killed_who_watch(local: Shell, who: str) -> None:
+    run = begun(local, spec(more=SHARED + FORKED.replace("critic", "\n  forked")[2:]))
+    worker = run.role("forked").worker(0)
+    waiting = worker.submit("waits", str(local.directory / "a"))
+    os.kill(getattr(run.status().nodes[0], who), signal.SIGKILL)
+    assert isinstance(waiting.exception(PATIENCE), WorkerFailed)
+    run.wait("done", timeout=PATIENCE)
+    until(lambda: not local.left(run.run_id))
+
+
 def test_memory_that_was_shared_is_gone_with_the_run(local: Shell) -> None:
     before = set(os.listdir("/dev/shm"))
     run = begun(local, spec())

@@ -154,6 +154,15 @@ def test_futures_are_many_at_once(one: Worker) -> None:
     assert [future.result(PATIENCE) for future in futures] == list(range(begin + 1, begin + 2001))
 
 
+def test_calls_go_by_tls_where_there_is_no_other_way(run: Run) -> None:
+    far = run.role("actor").worker(1)
+    far.view.endpoints[:] = [endpoint for endpoint in far.view.endpoints if endpoint.startswith("tls://")]
+    array = numpy.arange(1_000_000)
+    assert numpy.array_equal(far.call("echo", array), array)
+    assert [future.result(PATIENCE) for future in [far.submit("echo", n) for n in range(300)]] == list(range(300))
+    assert list(far.stream("counts", 100)) == list(range(100))
+
+
 def test_threads_share_a_worker(one: Worker) -> None:
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda number: one.call("echo", number), range(400)))

@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,27 @@ async def test_a_caller_knows_whom_it_talks_to(site: Site) -> None:
     with pytest.raises(Unreachable, match="cannot be reached"):
         await site.connect(f"tls://127.0.0.1:{port}")
     server.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+async def test_another_user_is_turned_away_even_if_the_socket_were_open(site: Site) -> None:
+    path = Path(site.unix.removeprefix("unix:"))
+    opened_up = (path, *list(path.parents)[:3])
+    before = [place.stat().st_mode for place in opened_up]
+    hello = b"".join(wire.frame(wire.Hello(RUN, "x")).parts)
+    code = (
+        "import os, socket; s = socket.socket(socket.AF_UNIX); os.setgid(65534); os.setuid(65534);"
+        f"s.settimeout(30); s.connect({str(path)!r}); s.sendall({hello!r}); print(s.recv(100))"
+    )
+    for place in opened_up:
+        place.chmod(0o777)
+    try:
+        child = await asyncio.create_subprocess_exec(sys.executable, "-I", "-c", code, stdout=-1, stderr=-1)
+        output, errors = await asyncio.wait_for(child.communicate(), PATIENCE)
+    finally:
+        for place, mode in zip(opened_up, before, strict=True):
+            place.chmod(mode)
+    assert output == b"b''\n" or b"ConnectionResetError" in errors or b"BrokenPipeError" in errors, errors
 
 
 def test_the_socket_is_the_users_alone(tmp_path: Path) -> None:

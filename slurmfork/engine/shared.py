@@ -21,7 +21,7 @@ from contextlib import suppress
 
 from slurmfork.errors import CodecError
 
-LEAST = 64 * 1024  # bytes; below, two copies through a socket are as quick (scripts/bench --only engine)
+LEAST = 256 * 1024  # bytes; below, two copies through a socket are as quick (scripts/bench --only engine)
 MOST_BLOCKS = 64  # of one end of a connection: each is a descriptor in both processes; what is beyond is sent
 IDLE_S = 10.0  # after which a block that is not lent is given back to the system
 _UNIT = 64 * 1024
