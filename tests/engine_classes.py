@@ -106,6 +106,10 @@ class Engine:
     def raises(self, code: int) -> None:
         raise Mishap("it broke", code=code)
 
+    @property
+    def broken(self) -> Any:
+        raise Mishap("a property that breaks", code=9)
+
     def divides(self) -> float:
         return 1 / 0
 

@@ -270,6 +270,8 @@ def test_an_exception_comes_back_as_itself(one: Worker) -> None:
     assert isinstance(cause, RemoteTraceback)
     assert 'raise Mishap("it broke", code=code)' in str(cause)
     assert "slurmfork/engine" not in str(cause)
+    with pytest.raises(Mishap, match="a property that breaks"):
+        one.call("broken")
     with pytest.raises(ZeroDivisionError, match="division by zero"):
         one.call("divides")
     assert one.call("echo", "still there") == "still there"

@@ -14,6 +14,8 @@ from slurmfork.engine.codec import Packed, pack, pack_pickle
 from slurmfork.engine.failures import pack_failure
 from slurmfork.engine.hosted import Running
 
+REMEMBERED = 8192
+
 
 class Answers:
     """``begin``, ``give_up`` and ``received`` are for the loop, the rest for any thread. ``channel``: the caller's."""
@@ -22,10 +24,11 @@ class Answers:
         self.channel: Channel | None = None
         self._running: dict[int, Running] = {}
         self._kept: dict[int, wire.Frame] = {}
+        self._past: dict[int, None] = {}  # those that have arrived: a copy of such a call may still be on its way
 
     def begin(self, number: int, credit: int = 0) -> Running | None:
         """A new call; None for one that came before, which then gets what it would have got."""
-        if number in self._running:
+        if number in self._running or number in self._past:
             return None
         if (kept := self._kept.get(number)) is not None:
             if self.channel is not None and not kept.lent:
@@ -41,7 +44,10 @@ class Answers:
     def received(self, numbers: Iterable[int]) -> None:
         """These have arrived."""
         for number in numbers:
-            self._kept.pop(number, None)
+            if self._kept.pop(number, None) is not None:
+                self._past[number] = None
+        while len(self._past) > REMEMBERED:
+            del self._past[next(iter(self._past))]
 
     def give_up(self, number: int) -> None:
         """Nobody waits for this one any more."""

@@ -148,6 +148,8 @@ class Connection:
             pending = self._pending.pop(number, None)
         if pending is not None:
             self._say(wire.Cancel(number))
+            if pending.timer is not None:
+                self._loop.call_soon_threadsafe(pending.timer.cancel)
 
     def _send(
         self, number: int, pending: Pending, make: Callable[[int, list[int]], wire.Message], value: Packed
@@ -181,7 +183,8 @@ class Connection:
                 self._say(wire.Cancel(number))
                 pending.fail(TimeoutError(f"{pending.worker} has not answered within {timeout:g} s"))
 
-        self._loop.call_later(timeout, late)
+        if (waiting := self._pending.get(number)) is not None:
+            waiting.timer = self._loop.call_later(timeout, late)
 
     # --- answers, in the loop
 
@@ -204,7 +207,7 @@ class Connection:
                 pending.future.set_result(value)
         elif isinstance(message, wire.Failure):
             if (pending := self._settled(message.id)) is not None:
-                pending.fail(unpack_failure(arrived.body, arrived.buffers, pending.packages))
+                pending.fail(_failure(arrived, pending.packages))
         elif isinstance(message, wire.Item):
             pending = self._pending.get(message.id)
             if pending is not None and pending.sink is not None:
@@ -228,6 +231,8 @@ class Connection:
                 self._telling = True
                 self._loop.call_later(_TELL_AFTER_S, self._tell_received)
             pending = self._pending.pop(number, None)
+        if pending is not None and pending.timer is not None:
+            pending.timer.cancel()
         if many:
             self._tell(wire.Received)
         return pending
@@ -296,6 +301,13 @@ class Connection:
             if pending.frame is not None and self._channel is not None:
                 self._channel.send(pending.frame)
         return True
+
+
+def _failure(arrived: Arrived, packages: Collection[str]) -> Exception:
+    try:
+        return unpack_failure(arrived.body, arrived.buffers, packages)
+    except (CodecError, ValueError) as error:
+        return CodecError(f"why the call failed cannot be read: {error}")
 
 
 def _value(message: wire.Result | wire.Item, arrived: Arrived, packages: Collection[str]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import sys
@@ -22,8 +21,6 @@ from slurmfork.engine.door import Door
 from slurmfork.engine.hosted import Engines
 from slurmfork.engine.hosting import Hosting
 from slurmfork.notify import ENDPOINTS, notify
-
-log = logging.getLogger("slurmfork.engine")
 
 
 class Host:
@@ -85,9 +82,8 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # the log is read while it grows
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=logging.WARNING)
     told = hosting.decode(text)
-    status = uvloop.run(_run(told)) if hasattr(uvloop, "run") else asyncio.run(_run(told))
+    status = uvloop.run(_run(told))
     sys.stdout.flush()
     return status
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, InvalidStateError
@@ -34,7 +35,7 @@ class CallFuture(Future[Any]):
 
 
 class Pending:
-    __slots__ = ("frame", "future", "packages", "sink", "worker")
+    __slots__ = ("frame", "future", "packages", "sink", "timer", "worker")
 
     def __init__(
         self, worker: str, packages: Collection[str], future: CallFuture | None = None, sink: Sink | None = None
@@ -44,6 +45,7 @@ class Pending:
         self.future = future
         self.sink = sink
         self.frame: wire.Frame | None = None
+        self.timer: asyncio.TimerHandle | None = None
 
     def fail(self, error: Exception) -> None:
         if self.sink is not None:

@@ -82,7 +82,7 @@ class Session:
                 raise CodecError(f"{message.worker} takes no pickled calls: `pickle: true` in its role allows them")
             engine = self._engines.get(message.worker, message.engine)
             method, for_loop = engine.method(message.method)
-        except EngineError as error:
+        except Exception as error:  # EngineError, or what looking the method up has raised
             self._answers.fail(running, error)
             return
         if for_loop:
@@ -99,6 +99,8 @@ class Session:
         current.set(running)
         engine.begin(message.method)
         try:
+            if self._engines.closing:
+                raise EngineError(f"{self._engines.home} is ending: this call was not begun")
             arguments, keywords = self._read(message, arrived)
             result = method(*arguments, **keywords)
             if inspect.isawaitable(result):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from slurmfork.engine.inbox import Inbox
 from slurmfork.engine.shared import Lender
 from slurmfork.engine.wire import Frame
 from slurmfork.errors import CodecError
+
+log = logging.getLogger(__name__)
 
 _SILENCE_S = 20
 
@@ -66,6 +69,10 @@ class TlsChannel(asyncio.BufferedProtocol):
         try:
             self._inbox.filled(nbytes)
         except CodecError as error:
+            self._why = str(error)
+            self.close()
+        except Exception as error:  # a fault of ours must not take the others' connections along
+            log.exception("a connection is given up")
             self._why = str(error)
             self.close()
 

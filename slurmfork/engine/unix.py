@@ -7,6 +7,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import logging
 import socket
 import struct
 import threading
@@ -18,6 +19,8 @@ from slurmfork.engine.inbox import Arrived, Inbox
 from slurmfork.engine.shared import IDLE_S, Borrower, Lender
 from slurmfork.engine.wire import Frame
 from slurmfork.errors import CodecError
+
+log = logging.getLogger(__name__)
 
 _MOST_PARTS = 256  # in one system call
 _MOST_BYTES = 1024 * 1024
@@ -187,6 +190,10 @@ class UnixChannel:
             try:
                 self._inbox.filled(count)
             except CodecError as error:
+                self._end(str(error))
+                return
+            except Exception as error:  # a fault of ours must not take the others' connections along
+                log.exception("a connection is given up")
                 self._end(str(error))
                 return
             if self._over or count < len(room):

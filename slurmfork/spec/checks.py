@@ -197,9 +197,10 @@ def _engine(role: Role, path: str, report: Report) -> None:
         report.add(here, "command and engine exclude each other; leave one out")
     if not _CLASS.fullmatch(role.engine or "") and report.sound(here):
         report.add(here, f"{short(role.engine or '')} names no class; write package.module:Class")
-    for key in ("args", "kwargs"):
-        if len(msgspec.json.encode(getattr(role, key))) > LONGEST_TEXT:
-            report.add(f"{path}.{key}", f"over {LONGEST_TEXT:,} bytes; put it in a file, and give its name")
+    sizes = {key: len(msgspec.json.encode(getattr(role, key))) for key in ("args", "kwargs")}
+    if sum(sizes.values()) > LONGEST_TEXT:
+        key = max(sizes, key=lambda key: sizes[key])
+        report.add(f"{path}.{key}", f"over {LONGEST_TEXT:,} bytes; put it in a file, and give its name")
     if any(not name.isidentifier() for name in role.kwargs):
         wrong = next(name for name in role.kwargs if not name.isidentifier())
         report.add(f"{path}.kwargs.{wrong}", f"{short(wrong)} is no name of an argument in Python")
