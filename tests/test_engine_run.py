@@ -14,6 +14,7 @@ from typing import Any
 import engine_classes
 import numpy
 import pytest
+from cluster import Factory
 from engine_classes import Colour, Mishap, Plain, Sample
 from running import Shell
 
@@ -460,3 +461,35 @@ def test_what_a_fork_of_an_engine_does_not_take(run: Run) -> None:
         run.fork("reference", command=["true"])
     with pytest.raises(Refused, match="whose environment is theirs"):
         run.fork("late", env={"A": "b"})
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(240)
+def test_engines_on_slurm(minicluster: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = minicluster(nodes=2, gpus=1)
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    shell = Shell(tmp_path, {"SLURM_CONF": cluster.env["SLURM_CONF"]})
+    text = f"""
+    name: slurm
+    nodes: 2
+    slurm: {{gpus-per-node: 1}}
+    roles:
+      actor: {{per_node: 1, gpus: 1, {ENGINE}}}
+      critic: {{{ENGINE}, strategy: {{type: colocation, target: actor, fork: false}}}}
+      reference: {{{ENGINE}, strategy: {{type: colocation, target: actor}}, autostart: false}}
+    """
+    try:
+        run = begun(shell, text)
+        actor = run.role("actor")
+        assert len({worker.view.node for worker in actor.workers}) == 2
+        assert len({worker.view.endpoints[1].rpartition(":")[0] for worker in actor.workers}) == 2
+        for worker in actor.workers:
+            worker.view.endpoints.reverse()  # as from a login node: by TLS
+        array = numpy.arange(1_000_000)
+        assert all(numpy.array_equal(array, back) for back in actor.call("echo", array))
+        assert run.role("critic").call("pid") == actor.call("pid")
+        run.fork("reference")
+        assert run.role("reference").worker(1).call("neighbours", "actor") == actor.call("pid")
+        assert run.cancel().survivors == 0
+    finally:
+        shell.end()

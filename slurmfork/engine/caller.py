@@ -15,16 +15,15 @@ import socket
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import InvalidStateError
-from typing import Any
 
 from slurmfork import credentials
 from slurmfork.engine import wire
 from slurmfork.engine.channel import Channel
-from slurmfork.engine.codec import Packed, unpack, unpack_pickle
-from slurmfork.engine.failures import unpack_failure, verdict
+from slurmfork.engine.codec import Packed
+from slurmfork.engine.failures import verdict
 from slurmfork.engine.hosting import TLS, UNIX
 from slurmfork.engine.inbox import Arrived
-from slurmfork.engine.pending import CallFuture, Lost, Pending, Sink
+from slurmfork.engine.pending import CallFuture, Lost, Pending, Sink, failure_of, value_of
 from slurmfork.engine.source import Source
 from slurmfork.engine.tls import TlsChannel
 from slurmfork.engine.unix import UnixChannel
@@ -199,7 +198,7 @@ class Connection:
                 return
             assert pending.future is not None
             try:
-                value = _value(message, arrived, pending.packages)
+                value = value_of(message, arrived, pending.packages)
             except CodecError as error:
                 pending.fail(error)
                 return
@@ -207,12 +206,12 @@ class Connection:
                 pending.future.set_result(value)
         elif isinstance(message, wire.Failure):
             if (pending := self._settled(message.id)) is not None:
-                pending.fail(_failure(arrived, pending.packages))
+                pending.fail(failure_of(arrived, pending.packages))
         elif isinstance(message, wire.Item):
             pending = self._pending.get(message.id)
             if pending is not None and pending.sink is not None:
                 try:
-                    pending.sink(_value(message, arrived, pending.packages), None, False)
+                    pending.sink(value_of(message, arrived, pending.packages), None, False)
                 except CodecError as error:
                     self.give_up(message.id)
                     pending.fail(error)
@@ -301,16 +300,3 @@ class Connection:
             if pending.frame is not None and self._channel is not None:
                 self._channel.send(pending.frame)
         return True
-
-
-def _failure(arrived: Arrived, packages: Collection[str]) -> Exception:
-    try:
-        return unpack_failure(arrived.body, arrived.buffers, packages)
-    except (CodecError, ValueError) as error:
-        return CodecError(f"why the call failed cannot be read: {error}")
-
-
-def _value(message: wire.Result | wire.Item, arrived: Arrived, packages: Collection[str]) -> Any:
-    if message.pickled:
-        return unpack_pickle(arrived.body, arrived.buffers)
-    return unpack(arrived.body, arrived.buffers, packages)

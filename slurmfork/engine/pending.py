@@ -9,7 +9,10 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from slurmfork.engine import wire
-from slurmfork.errors import Unreachable
+from slurmfork.engine.codec import unpack, unpack_pickle
+from slurmfork.engine.failures import unpack_failure
+from slurmfork.engine.inbox import Arrived
+from slurmfork.errors import CodecError, Unreachable
 
 Sink = Callable[[Any, "Exception | None", bool], None]  # the next item of a stream, or its error, or its end
 
@@ -53,3 +56,18 @@ class Pending:
         elif self.future is not None:
             with contextlib.suppress(InvalidStateError):
                 self.future.set_exception(error)
+
+
+def failure_of(arrived: Arrived, packages: Collection[str]) -> Exception:
+    """Why a call failed."""
+    try:
+        return unpack_failure(arrived.body, arrived.buffers, packages)
+    except (CodecError, ValueError) as error:
+        return CodecError(f"why the call failed cannot be read: {error}")
+
+
+def value_of(message: wire.Result | wire.Item, arrived: Arrived, packages: Collection[str]) -> Any:
+    """What a call has returned, or yielded; raises CodecError."""
+    if message.pickled:
+        return unpack_pickle(arrived.body, arrived.buffers)
+    return unpack(arrived.body, arrived.buffers, packages)
