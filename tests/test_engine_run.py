@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import multiprocessing
 import os
 import shutil
 import time
@@ -153,6 +154,19 @@ def test_futures_are_many_at_once(one: Worker) -> None:
     begin = one.call("add", 0)
     futures = [one.submit("add", 1) for _ in range(2000)]
     assert [future.result(PATIENCE) for future in futures] == list(range(begin + 1, begin + 2001))
+
+
+def test_a_forked_process_calls_by_connections_of_its_own(one: Worker) -> None:
+    assert one.call("echo", "parent") == "parent"
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+    child = context.Process(target=lambda: sending.send([one.call("echo", number) for number in range(50)]))
+    child.start()
+    assert [one.call("echo", number) for number in range(50, 100)] == list(range(50, 100))
+    assert receiving.poll(PATIENCE)
+    assert receiving.recv() == list(range(50))
+    child.join(PATIENCE)
+    assert child.exitcode == 0
 
 
 def test_calls_go_by_tls_where_there_is_no_other_way(run: Run) -> None:

@@ -24,7 +24,7 @@ from slurmfork.engine.failures import verdict
 from slurmfork.engine.hosting import TLS, UNIX
 from slurmfork.engine.inbox import Arrived
 from slurmfork.engine.pending import CallFuture, Lost, Pending, Sink, failure_of, value_of
-from slurmfork.engine.source import Source
+from slurmfork.engine.source import Source, views_of
 from slurmfork.engine.tls import TlsChannel
 from slurmfork.engine.unix import UnixChannel
 from slurmfork.errors import CodecError, SlurmforkError, Unreachable, WorkerFailed
@@ -150,6 +150,15 @@ class Connection:
             if pending.timer is not None:
                 self._loop.call_soon_threadsafe(pending.timer.cancel)
 
+    def give_up_soon(self, number: int) -> None:
+        """The same, in the loop's turn: takes no lock, so it may be called where garbage is collected."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.give_up, number)
+
+    def disown(self) -> None:
+        """In a process that was forked: the connection is the parent's."""
+        self.lost, self._channel, self._lock = True, None, threading.Lock()
+
     def _send(
         self, number: int, pending: Pending, make: Callable[[int, list[int]], wire.Message], value: Packed
     ) -> None:
@@ -268,7 +277,7 @@ class Connection:
         pause, until = _LOSS_PAUSE_S, self._loop.time() + LOSS_PATIENCE_S
         while self._pending and self._loop.time() < until:
             workers = {pending.worker for pending in self._pending.values()}
-            views = await self._loop.run_in_executor(None, self._views, workers)
+            views = await self._loop.run_in_executor(None, views_of, self._source, workers)
             for number, pending in list(self._pending.items()):
                 if pending.worker in views and (error := verdict(pending.worker, views[pending.worker], self._view)):
                     self._pending.pop(number, None)
@@ -280,15 +289,6 @@ class Connection:
         for number in list(self._pending):
             pending = self._pending.pop(number)
             pending.fail(WorkerFailed(f"{pending.worker}: {why}, and nobody says what became of it", pending.worker))
-
-    def _views(self, workers: Collection[str]) -> dict[str, WorkerView | None]:
-        """What the head says of them; without those of whom it says nothing now."""
-        found: dict[str, WorkerView | None] = {}
-        for role in {worker.partition("/")[0] for worker in workers}:
-            with contextlib.suppress(SlurmforkError):
-                views = {view.worker: view for view in self._source.engine_views(role)}
-                found |= {worker: views.get(worker) for worker in workers if worker.startswith(f"{role}/")}
-        return found
 
     async def _again(self) -> bool:
         """Whether another connection could be made, and what is not answered was sent again."""

@@ -126,7 +126,7 @@ class Worker:
 
         def begin(connection: Connection) -> tuple[Callable[[int], None], Callable[[], None]]:
             number = connection.stream(self.name, make, value, self._packages, sink)
-            return partial(connection.more, number), partial(connection.give_up, number)
+            return partial(connection.more, number), partial(connection.give_up_soon, number)
 
         return self._on_connection(begin)
 

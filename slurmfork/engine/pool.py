@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from slurmfork.engine.caller import Connection
 from slurmfork.engine.source import Source
@@ -31,3 +32,14 @@ async def _open(key: tuple[str, str, int | None], source: Source, view: WorkerVi
         return made
     finally:
         del _opening[key]
+
+
+def _disown() -> None:
+    """A process that was forked makes connections of its own."""
+    for connection in _connections.values():
+        connection.disown()
+    _connections.clear()
+    _opening.clear()
+
+
+os.register_at_fork(after_in_child=_disown)

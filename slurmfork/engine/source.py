@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
+from slurmfork.errors import SlurmforkError
 from slurmfork.messages import WorkerView
 
 
@@ -20,3 +23,13 @@ class Source(Protocol):
 
     def engine_views(self, role: str) -> list[WorkerView]:
         """The workers of a role, as they stand now."""
+
+
+def views_of(source: Source, workers: Collection[str]) -> dict[str, WorkerView | None]:
+    """How these stand, None for one that is gone; without those of whom nobody says anything now."""
+    found: dict[str, WorkerView | None] = {}
+    for role in {worker.partition("/")[0] for worker in workers}:
+        with contextlib.suppress(SlurmforkError):
+            views = {view.worker: view for view in source.engine_views(role)}
+            found |= {worker: views.get(worker) for worker in workers if worker.startswith(f"{role}/")}
+    return found
