@@ -1,4 +1,5 @@
-"""Credentials of a run: a certificate authority of its own, and one certificate each for head, agents and clients.
+"""Credentials of a run: a certificate authority of its own, and one certificate each for head, agents, clients
+and hosts of engines.
 
 Made by the head when it starts, in the run's 0700 ``credentials`` directory; the authority's key is never
 written. Whoever has no certificate of this run's authority does not get past the TLS handshake, and a
@@ -23,6 +24,7 @@ AUTHORITY = "ca.pem"
 HEAD = "head"
 AGENT = "agent"
 CLIENT = "client"
+ENGINE = "engine"
 _VALID_DAYS = 400
 _holders: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
@@ -32,14 +34,20 @@ def server_name(run_id: str) -> str:
     return f"{run_id.lower().replace('_', '-')}.head.slurmfork"
 
 
+def engine_name(run_id: str) -> str:
+    """The name in the certificate of the run's engines, wherever they are."""
+    return f"{run_id.lower().replace('_', '-')}.engine.slurmfork"
+
+
 def make(directory: Path, run_id: str) -> None:
-    """Write ca.pem, and head.pem, agent.pem, client.pem (certificate and key), all 0600; replaces old ones."""
+    """Write ca.pem, and head, agent, client and engine.pem (certificate and key), all 0600; replaces old ones."""
     from cryptography.hazmat.primitives import serialization
 
     authority_key, authority = _issue(f"slurmfork run {run_id}", None, None)
     written = {AUTHORITY: authority.public_bytes(serialization.Encoding.PEM)}
-    for holder in (HEAD, AGENT, CLIENT):
-        name = server_name(run_id) if holder == HEAD else None
+    names = {HEAD: server_name(run_id), ENGINE: engine_name(run_id)}
+    for holder in (HEAD, AGENT, CLIENT, ENGINE):
+        name = names.get(holder)
         key, certificate = _issue(holder, (authority_key, authority), name)
         written[f"{holder}.pem"] = certificate.public_bytes(serialization.Encoding.PEM) + key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -102,6 +110,13 @@ def server_context(directory: Path) -> ssl.SSLContext:
     """TLS context of the head: asks every peer for a certificate of this run."""
     context = _context(directory, HEAD, server=True)
     context.num_tickets = 0  # nobody resumes a session; and what can be read from a connection is an answer
+    return context
+
+
+def engine_context(directory: Path) -> ssl.SSLContext:
+    """TLS context of an engine's host, as a server."""
+    context = _context(directory, ENGINE, server=True)
+    context.num_tickets = 0
     return context
 
 

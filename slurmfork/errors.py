@@ -98,6 +98,39 @@ class StillAlive(SlurmforkError):
     """A stop or a cancel left processes alive; the message names them."""
 
 
+class EngineError(SlurmforkError):
+    """Base of what can go wrong with engines, the Python objects that workers host."""
+
+
+class CodecError(EngineError):
+    """A value cannot be sent, or what was sent is refused here; the message names its type."""
+
+
+class EngineNotFound(EngineError):
+    """A worker has no engine of that name, or an engine no such method."""
+
+
+class EngineCallError(EngineError):
+    """A call failed in the engine with an exception that cannot be raised here as it was.
+
+    ``kind`` is the exception's type, ``module:name``; the remote traceback is the cause.
+    """
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class WorkerFailed(EngineError):
+    """The worker ended before it answered. ``exit_status`` and ``log_tail`` as in its WorkerView."""
+
+    def __init__(self, message: str, worker: str = "", exit_status: int | None = None, log_tail: str = "") -> None:
+        super().__init__(message)
+        self.worker = worker
+        self.exit_status = exit_status
+        self.log_tail = log_tail
+
+
 def one_line(text: str) -> str:
     """Text that may be anything, as one printable line."""
     return " ".join("".join(char if char.isprintable() or char.isspace() else "?" for char in text).split())

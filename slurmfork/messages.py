@@ -40,7 +40,8 @@ class WorkerView(Struct, kw_only=True):
     """One worker as `ps --json`, the API and the agents' reports show it.
 
     ``exit_status`` is the exit code, or 128 + the signal's number as shells have it; ``reason`` says in words
-    why a worker is not up; ``log_tail`` is the end of its log, for workers that failed.
+    why a worker is not up; ``log_tail`` is the end of its log, for workers that failed. ``endpoints`` are where the
+    host of an engine listens, the quickest first.
     """
 
     worker: str
@@ -61,6 +62,7 @@ class WorkerView(Struct, kw_only=True):
     ended: float | None = None
     reason: str = ""
     log_tail: str = ""
+    endpoints: list[str] = field(default_factory=list)
 
 
 class StopResult(Struct, kw_only=True):

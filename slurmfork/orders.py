@@ -6,7 +6,7 @@ the epoch, all durations seconds.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct, field
@@ -15,16 +15,26 @@ from slurmfork.messages import Device, EnvName, RequestId, StopResult, Strict, T
 from slurmfork.spec.model import Ready, Restart, Stop
 
 
+class EngineOrder(Strict, kw_only=True, omit_defaults=True):
+    """What a worker that hosts an engine makes: ``path`` is ``package.module:Class``. As in the spec's role."""
+
+    path: str
+    args: list[Any] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    pickle: bool = False
+
+
 class Order(Strict, kw_only=True, omit_defaults=True):
     """What the head orders an agent to start: one worker, complete but for what only the node knows.
 
     ``devices`` are positions in the node's list of granted devices, None for a node's worker that shall see
     no restriction at all (never used for GPUs). ``env`` holds the run's, the role's and the rank variables;
-    the agent adds devices, ports, paths and readiness.
+    the agent adds devices, ports, paths and readiness. ``engine`` is in place of a command; ``shared``: it lives in
+    the process of ``target``.
     """
 
     worker: WorkerName
-    command: str | list[str]
+    command: str | list[str] = ""
     cwd: str
     env: dict[EnvName, Text] = field(default_factory=dict)
     devices: list[int] = field(default_factory=list)
@@ -34,6 +44,8 @@ class Order(Strict, kw_only=True, omit_defaults=True):
     ready: Ready | None = None
     restart: Restart = field(default_factory=Restart)
     stop: Stop = field(default_factory=Stop)
+    engine: EngineOrder | None = None
+    shared: bool = False
 
 
 class Join(Strict, kw_only=True):

@@ -36,6 +36,9 @@ from slurmfork.rundir import EndRecord, RunDir, RunRecord
 from slurmfork.spec import Spec, Stop
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from slurmfork.engine.role import Role
     from slurmfork.probe import Probe
 
 POLL = 0.05  # seconds between looks at a file that another node will write
@@ -200,6 +203,27 @@ class Run:
             if self.rundir.end.exists() or self.rundir.batch_status.exists() or self.rundir.head.exists() != had_head:
                 return
             time.sleep(POLL)
+
+    # --- engines
+
+    def role(self, name: str) -> Role:
+        """The workers of a role that hosts engines, to call their methods; all of them have to be up.
+
+        Raises UsageError where there is no such role, or it has a command; WorkerFailed, EngineError for one that is
+        not up.
+        """
+        from slurmfork.engine.role import Role, packages_of
+
+        return Role(self, name, packages_of(self.spec()))
+
+    @property
+    def credentials_directory(self) -> Path:
+        """Where the run's certificates are."""
+        return self.rundir.credentials
+
+    def engine_views(self, role: str) -> list[WorkerView]:
+        """The workers of a role, as they stand now."""
+        return self.workers(role)
 
     # --- acting
 

@@ -10,7 +10,8 @@ import http.client
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -30,10 +31,13 @@ from slurmfork.messages import (
     fork_request,
     new_request_id,
 )
+from slurmfork.notify import notify
+
+if TYPE_CHECKING:
+    from slurmfork.engine.role import Role
 
 T = TypeVar("T")
 
-NOTIFY_SOCKET = "NOTIFY_SOCKET"
 ANSWER_TIMEOUT_S = 60.0
 LONGEST_WAIT_S = 7 * 86_400.0  # for what the head bounds itself: readiness of children, graces of workers
 _MARGIN_S = 60.0
@@ -137,6 +141,25 @@ class CurrentWorker:
         views = self._ask("GET", "/v1/workers", None, WorkersReply).workers
         return [view for view in views if role in (None, view.role)]
 
+    def engines(self, role: str) -> Role:
+        """The workers of a role that hosts engines, to call their methods; all of them have to be up."""
+        from slurmfork.engine.role import Role, packages_of
+        from slurmfork.rundir import RunDir
+        from slurmfork.spec.model import Spec
+
+        rundir = RunDir(Path(self.run_dir))
+        spec = rundir.read_record(rundir.spec, Spec)
+        return Role(self, role, packages_of(spec) if spec else frozenset())
+
+    @property
+    def credentials_directory(self) -> Path:
+        """Where the run's certificates are."""
+        return Path(self.run_dir) / "credentials"
+
+    def engine_views(self, role: str) -> list[WorkerView]:
+        """The workers of a role, as they stand now."""
+        return self.workers(role)
+
     def ready(self, status: str = "") -> bool:
         """Say that this worker is ready (and ``status``, a line for people); False where nobody asks for that."""
         text = "READY=1" + (f"\nSTATUS={' '.join(status.split())}" if status else "")
@@ -158,22 +181,6 @@ class CurrentWorker:
         if response.status != 200:
             raise _refusal(response.status, answer)
         return msgspec.json.decode(answer, type=kind)
-
-
-def notify(text: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Send lines to the notify socket (systemd's protocol); False where there is none."""
-    address = environment.get(NOTIFY_SOCKET)
-    if not address:
-        return False
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-        try:
-            sender.connect(address)
-            sender.sendall(text.encode())
-        except OSError as error:
-            raise Unreachable(f"the agent of this node does not listen: {error}") from None
-    return True
 
 
 class _UnixConnection(http.client.HTTPConnection):

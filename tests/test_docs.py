@@ -62,6 +62,25 @@ def test_the_controller_example(local: Shell) -> None:
     assert "cancelled, 0 survivors" in done.stdout
 
 
+@pytest.mark.parametrize("fork", ["true", "false"])
+def test_the_engines_example_is_the_same_with_and_without_a_fork(local: Shell, fork: str) -> None:
+    text = (EXAMPLES / "engines.yaml").read_text()
+    spec = local.spec(text.replace("fork: true", f"fork: {fork}"))
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "engines.py"), str(spec), "local"],
+        env=local.env,
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 2: 2 batches, score 0." in done.stdout
+    assert "one by one: 50\nawaited: ['rested', 'rested']\nas raised there: TypeError\n0 survivors" in done.stdout
+    assert "weights at the end" in next(local.root.glob("*/logs/rollout-0.log")).read_text()
+
+
 def test_a_worker_forks_beside_itself(local: Shell) -> None:
     command = json.dumps([sys.executable, str(EXAMPLES / "inside.py")])
     spec = local.spec(

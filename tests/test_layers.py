@@ -42,6 +42,11 @@ def test_the_guardian_imports_no_third_party_at_all() -> None:
     assert not loaded.intersection([*HEAVY, "msgspec", "uvloop", "asyncio", "logging", "subprocess"])
 
 
+def test_an_engines_host_imports_nothing_heavy() -> None:
+    loaded = loaded_by("import slurmfork.engine.host")
+    assert not loaded.intersection([*HEAVY, "numpy", "pickle", "http.client", "slurmfork.spec", "slurmfork.messages"])
+
+
 def test_help_imports_nothing_of_the_verbs() -> None:
     loaded = loaded_by("from slurmfork.cli.main import main\nmain(['--help'])")
     assert not loaded.intersection([*(set(HEAVY) - {"click"}), "msgspec", "ssl", *TOML])
@@ -77,6 +82,8 @@ def test_paramiko_is_for_ssh_connections_alone(tmp_path: Path) -> None:
         ),
         ("slurmfork.code.provision", ["slurmfork.cli", "slurmfork.remote", "slurmfork.run", "slurmfork.backends"]),
         ("slurmfork.remote.door", ["slurmfork.code", "slurmfork.cli", "slurmfork.run"]),
+        ("slurmfork.engine.host", ["slurmfork.run", "slurmfork.agent", "slurmfork.head", "slurmfork.engine.caller"]),
+        ("slurmfork.engine.role", ["slurmfork.run", "slurmfork.agent", "slurmfork.head", "slurmfork.cli"]),
         ("slurmfork.run", ["slurmfork.cli", "slurmfork.agent", "slurmfork.head"]),
     ],
 )

@@ -54,6 +54,20 @@ def role(lines: str) -> str:
     return f"{SPEC}{body}\n"
 
 
+def engine(lines: str) -> str:
+    """A spec whose role ``a`` is ``lines`` from line 4 on."""
+    body = "\n".join("    " + line for line in lines.splitlines())
+    return f"name: t\nroles:\n  a:\n{body}\n"
+
+
+def shared(own: str, target: str) -> str:
+    """A spec with a role ``b``, on line 6, that is to live in the processes of ``a``."""
+    return (
+        f"name: t\nroles:\n  a:\n    {target}\n    gpus: 1\n"
+        f"  b: {{{own}, strategy: {{type: colocation, target: a, fork: false}}}}\n"
+    )
+
+
 def roles(text: str) -> str:
     """A spec with these roles from line 3 on; each line is ``name: {...}`` without its command."""
     lines = [f"  {line}".replace("{", "{command: run, ", 1) for line in text.splitlines()]
@@ -61,6 +75,21 @@ def roles(text: str) -> str:
 
 
 # --- what is taken -----------------------------------------------------------------------------------------
+
+
+def test_an_engine_has_arguments_of_any_kind_and_says_itself_when_it_is_ready() -> None:
+    given = "engine: a.b:C\nargs: [1, 2.5, x, [true, null]]\nkwargs: {size: {deep: [1]}}\nready: {timeout: 600}"
+    found = loads(engine(given)).roles["a"]
+    assert (found.engine, found.command) == ("a.b:C", None)
+    assert found.args == [1, 2.5, "x", [True, None]]
+    assert found.kwargs == {"size": {"deep": [1]}}
+    assert found.ready is not None
+    assert (found.ready.notify, found.ready.timeout) == (True, 600)
+
+
+def test_a_role_may_share_the_processes_of_its_target() -> None:
+    found = loads(shared("engine: a:B", "engine: a:B")).roles
+    assert (found["a"].shared, found["b"].shared) == (False, True)
 
 
 def test_smallest() -> None:
@@ -270,7 +299,7 @@ KEYS = [
     (role("replica: 4"), 5, "roles.a.replica", "unknown key 'replica'; did you mean 'replicas'?"),
     (role("Per-Node: 4"), 5, "roles.a.Per-Node", "did you mean 'per_node'?"),
     (role("target: b"), 5, "roles.a.target", "it goes under `strategy:`"),
-    (role("zzz: 1"), 5, "roles.a.zzz", "the keys here are command, replicas, per_node"),
+    (role("zzz: 1"), 5, "roles.a.zzz", "the keys here are command, engine, args, kwargs"),
     (role("stop:\n  signal: INT\n  kill: 5"), 7, "roles.a.stop.kill", "the keys here are signal, grace"),
     (top("partition: gpu"), 2, "partition", "options of sbatch go under `slurm:`"),
     (top("role: {}"), 2, "role", "did you mean 'roles'?"),
@@ -333,7 +362,33 @@ RULES = [
     (role("replicas: 2\nper_node: 1"), 6, "roles.a.per_node", "exclude each other"),
     (role("autostart: false"), 5, "roles.a.autostart", "false is for `type: colocation`"),
     (role("strategy:\n  target: a"), 6, "roles.a.strategy.target", "only with `type: colocation`"),
-    (role("strategy:\n  fork: false"), 6, "roles.a.strategy.fork", "hosts Python engines"),
+    (role("strategy:\n  fork: false"), 6, "roles.a.strategy.fork", "false is for `type: colocation`"),
+    ("name: t\nroles:\n  a: {gpus: 1}", 3, "roles.a.command", "missing; a role has a command, or an engine"),
+    (role("engine: a.b:C"), 5, "roles.a.engine", "exclude each other"),
+    (role("args: [1]"), 5, "roles.a.args", "for roles with an engine"),
+    (role("kwargs: {a: 1}"), 5, "roles.a.kwargs", "for roles with an engine"),
+    (role("pickle: true"), 5, "roles.a.pickle", "for roles with an engine"),
+    (engine("engine: a.b.C"), 4, "roles.a.engine", "write package.module:Class"),
+    (engine("engine: a b:C"), 4, "roles.a.engine", "names no class"),
+    (engine("engine: 5"), 4, "roles.a.engine", "expected text"),
+    (engine("engine: a:B\nargs: {b: 1}"), 5, "roles.a.args", "expected a list"),
+    (engine("engine: a:B\nargs: [1, [.nan]]"), 5, "roles.a.args[1][0]", "not a finite number"),
+    (engine("engine: a:B\nkwargs: [1]"), 5, "roles.a.kwargs", "expected keys and values"),
+    (engine("engine: a:B\nkwargs:\n  b-c: 1"), 6, "roles.a.kwargs.b-c", "no name of an argument"),
+    (engine("engine: a:B\nkwargs: {b: " + "x" * 100_001 + "}"), 5, "roles.a.kwargs", "put it in a file"),
+    (engine("engine: a:B\nports: 1\nready: {http: /}"), 6, "roles.a.ready.http", "only the timeout can be given"),
+    (engine("enigne: a:B\ncommand: x"), 4, "roles.a.enigne", "did you mean 'engine'?"),
+    (shared("command: x", "engine: a:B"), 6, "roles.b.strategy.fork", "false needs an `engine`"),
+    (shared("engine: a:B", "command: x"), 6, "roles.b.strategy.fork", "a has a command"),
+    (shared("engine: a:B, env: {A: b}", "engine: a:B"), 6, "roles.b.env", "not with `fork: false`"),
+    (shared("engine: a:B, ports: 2", "engine: a:B"), 6, "roles.b.ports", "not with `fork: false`"),
+    (
+        shared("engine: a:B", "engine: a:B")
+        + "  c: {engine: a:B, strategy: {type: colocation, target: b, fork: false}}",
+        7,
+        "roles.c.strategy.fork",
+        "make a the target",
+    ),
     (role("strategy: {type: colocation}"), 5, "roles.a.strategy.target", "missing"),
     (
         role("strategy: {type: colocation, target: a}"),

@@ -39,6 +39,7 @@ _OURS = frozenset(
         LOCAL_DEVICES,
         names.KILL_WAIT,
         NOTIFY_SOCKET,
+        "SLURMFORK_ENGINE",
     }
 )
 _WITHIN = frozenset({"HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"})  # positions within what another variable leaves

@@ -34,6 +34,7 @@ from slurmfork.agent.tree import Trees
 from slurmfork.agent.uplink import Uplink
 from slurmfork.errors import Refused, SlurmforkError
 from slurmfork.journal import Note
+from slurmfork.messages import WorkerView
 from slurmfork.orders import (
     ApiAnswer,
     ApiCall,
@@ -79,7 +80,7 @@ class Agent:
             ports=Ports(self._scratch.ports),
             scratch=self._scratch,
             memory=SharedMemory(node.run_id),
-            tell=lambda view: self._uplink.tell("worker", view),
+            tell=self._changed,
             reap=lambda: self._supervisor.reap(),
         )
         self._supervisor = Supervisor(self._site)
@@ -186,6 +187,10 @@ class Agent:
             version=__version__,
             notes=list(self._node.notes),
         )
+
+    def _changed(self, view: WorkerView) -> None:
+        self._uplink.tell("worker", view)
+        self._supervisor.changed(view)
 
     async def _serve(self, op: str, body: msgspec.Raw) -> Any:
         if op not in self._ops:

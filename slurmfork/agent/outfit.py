@@ -5,6 +5,7 @@ Laid out before a start, so that what the node cannot give is known before anyth
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,14 @@ from slurmfork.agent.readiness import Notify
 from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.starter import Starter
 from slurmfork.agent.tree import Trees
+from slurmfork.engine import hosting
 from slurmfork.errors import Refused, RunDirError
 from slurmfork.messages import Device, WorkerView
-from slurmfork.orders import Order
+from slurmfork.orders import EngineOrder, Order
 from slurmfork.scratch import Scratch
 from slurmfork.shm import SharedMemory
+
+_HOST = str(Path(hosting.__file__).with_name("__main__.py"))
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Site:
 class Outfit:
     """What one worker is started with, each time. ``values`` are those of its command's placeholders."""
 
+    command: str | list[str]
     environment: dict[str, str]
     values: dict[str, str]
     scratch: Path
@@ -77,10 +82,31 @@ def outfit(order: Order, site: Site, said: Callable[[str], None]) -> Outfit:
             scratch=scratch,
             notify=notify,
         )
+        command = order.command
+        if order.engine is not None:
+            command = [sys.executable, _HOST, order.worker]
+            variables[hosting.VARIABLE] = _hosting(order, order.engine, site, scratch)
         values = _values(order, site.node, ports)
-        return Outfit(variables, values, scratch, gpus, ports, Notify(notify, said) if notify else None)
+        return Outfit(command, variables, values, scratch, gpus, ports, Notify(notify, said) if notify else None)
     except (ValueError, Refused, RunDirError) as error:
         raise StartFailed(str(error)) from None
+
+
+def _hosting(order: Order, engine: EngineOrder, site: Site, scratch: Path) -> str:
+    """What the host of an engine is told."""
+    told = hosting.Hosting(
+        worker=order.worker,
+        run_id=site.node.run_id,
+        run_dir=str(site.node.rundir.path),
+        socket=str(scratch / hosting.SOCKET),
+        address=site.address,
+        path=engine.path,
+        args=engine.args,
+        kwargs=engine.kwargs,
+        pickle=engine.pickle,
+        stop=order.stop.signal,
+    )
+    return hosting.encode(told)
 
 
 def _values(order: Order, node: Node, ports: list[int]) -> dict[str, str]:

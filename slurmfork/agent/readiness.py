@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from slurmfork.errors import RunDirError
+from slurmfork.notify import ENDPOINTS
 from slurmfork.spec.model import Ready
 
 FIRST_PAUSE_S = 0.05
@@ -31,6 +32,7 @@ class Notify:
     def __init__(self, path: Path, told: Callable[[str], None]) -> None:
         self.path = path
         self.ready = asyncio.Event()
+        self.endpoints: list[str] = []  # where the worker says that it listens
         self.extended = 0.0  # the loop's time until which the worker asked to be waited for
         self._told = told
         self._moved = asyncio.Event()
@@ -58,6 +60,7 @@ class Notify:
         self._read(deaf=True)
         self.ready.clear()
         self.extended = 0.0
+        self.endpoints = []
 
     async def wait(self, timeout: float) -> None:
         """Wait for READY=1, as long as the worker asks to be waited for; raises asyncio.TimeoutError."""
@@ -84,6 +87,8 @@ class Notify:
             self.ready.set()
         elif key == "EXTEND_TIMEOUT_USEC" and value.isascii() and value.isdigit():
             self.extended = asyncio.get_running_loop().time() + min(int(value) / 1e6, 31_536_000)
+        elif key == ENDPOINTS:
+            self.endpoints = value.split()
         elif key == "STATUS":
             self._told("".join(char if char.isprintable() else " " for char in value)[:300].strip())
         self._moved.set()

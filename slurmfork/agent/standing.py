@@ -13,7 +13,6 @@ from collections.abc import Callable
 from slurmfork.messages import WorkerView
 from slurmfork.names import UP_STATES, WorkerState
 from slurmfork.orders import Order
-from slurmfork.process import Identity
 
 log = logging.getLogger(__name__)
 
@@ -62,18 +61,21 @@ class Standing:
             if self._status_due is None:
                 self._status_due = self._loop.call_later(STATUS_INTERVAL_S, self.tell)
 
-    def begun(self, leader: Identity, *, checked: bool, told: bool) -> None:
+    def begun(self, pid: int, *, checked: bool, told: bool) -> None:
         """It has a process; ``checked``: whether it has yet to become ready. ``told`` as for ``become``."""
-        self.view.pid, self.view.started = leader.pid, time.time()
+        self.view.pid, self.view.started = pid, time.time()
         self.view.ready = self.view.ended = self.view.exit_status = None
+        self.view.endpoints = []
         self.view.log_tail = ""
         self.become(WorkerState.STARTING if checked else WorkerState.RUNNING, told=told)
 
-    def ready(self) -> None:
-        """It passed its readiness check."""
+    def ready(self, endpoints: list[str]) -> None:
+        """It passed its readiness check; ``endpoints``: where it says that its engine is called."""
+        self.view.endpoints = endpoints
         self.view.ready = time.time()
         self.become(WorkerState.READY, self.view.reason)
 
-    def ended(self, exit_status: int) -> None:
+    def ended(self, exit_status: int | None) -> None:
         """It has no process any more; what that makes of it is told by whoever knows."""
+        self.view.endpoints = []
         self.view.exit_status, self.view.ended, self.view.pid = exit_status, time.time(), None

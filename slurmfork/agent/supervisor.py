@@ -11,10 +11,11 @@ import itertools
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from slurmfork import journal, process
+from slurmfork.agent.guest import Guest
 from slurmfork.agent.lastwords import signal_number
 from slurmfork.agent.outfit import Site
 from slurmfork.agent.spawn import StartFailed
@@ -40,7 +41,7 @@ class Supervisor:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, Worker | Guest] = {}
         self._answers: dict[str, asyncio.Task[list[WorkerView]]] = {}
         self._seen: dict[str, frozenset[Identity]] = {}
         self._last_pid = b""
@@ -50,6 +51,16 @@ class Supervisor:
         self._end: asyncio.Task[EndReport] | None = None
         self._budget_ends = float("inf")
         self._loop = asyncio.get_running_loop()
+
+    def changed(self, view: WorkerView) -> None:
+        """How one of them stands has changed: those who live in its process follow it."""
+        for worker in list(self._workers.values()):
+            if isinstance(worker, Guest) and worker.order.target == view.worker:
+                worker.host_changed(view)
+
+    def _view(self, name: str) -> WorkerView | None:
+        worker = self._workers.get(name)
+        return worker.view if worker else None
 
     def views(self) -> list[WorkerView]:
         """How every worker stands."""
@@ -83,23 +94,28 @@ class Supervisor:
                 del self._answers[next(iter(self._answers))]
         return await asyncio.shield(task)
 
-    def _take_in(self, orders: list[Order]) -> list[Worker]:
+    def _take_in(self, orders: list[Order]) -> list[Worker | Guest]:
         self._refuse(orders)
-        workers = [Worker(order, self._site) for order in orders]
+        workers = [
+            Guest(order, self._site, self._view) if order.shared else Worker(order, self._site) for order in orders
+        ]
         self._workers.update({worker.name: worker for worker in workers})
         return workers
 
-    async def _start(self, workers: list[Worker]) -> list[WorkerView]:
+    async def _start(self, workers: list[Worker | Guest]) -> list[WorkerView]:
         failed: dict[str, StartFailed] = {}
         for worker in workers:
             try:
                 worker.prepare()
             except StartFailed as failure:
                 failed[worker.name] = failure
-        if not failed:
-            failed = await self._launch(workers)
+        if not failed and (processes := [worker for worker in workers if isinstance(worker, Worker)]):
+            failed = await self._launch(processes)
         if failed:
             await self._roll_back(workers, failed)
+        for worker in workers:
+            if isinstance(worker, Guest):
+                worker.begin(told=True)
         for worker in workers:
             await worker.words_read()
         return [worker.view for worker in workers]
@@ -132,7 +148,7 @@ class Supervisor:
         self.reap()
         await self._stop_and_forget(workers)
 
-    async def _stop_and_forget(self, workers: list[Worker]) -> None:
+    async def _stop_and_forget(self, workers: Sequence[Worker | Guest]) -> None:
         await asyncio.gather(*(worker.stop() for worker in workers if worker.live))
         for worker in workers:
             self._workers.pop(worker.name, None)
@@ -147,7 +163,7 @@ class Supervisor:
             if wanted.count(name) > 1 or (known is not None and known.held):
                 raise Refused(f"worker {name} runs already on node {self._site.node.name}", "in_use")
 
-    async def _roll_back(self, workers: list[Worker], failed: dict[str, StartFailed]) -> None:
+    async def _roll_back(self, workers: Sequence[Worker | Guest], failed: dict[str, StartFailed]) -> None:
         """Stop those that did start, free all the names, and say why."""
         await self._stop_and_forget([worker for worker in workers if not worker.in_hand])
         culprits = ", ".join(failed)
@@ -280,7 +296,7 @@ class Supervisor:
     def _rest(self) -> float:
         return self._budget_ends - self._loop.time()
 
-    async def _stop_in_time(self, worker: Worker) -> StopResult:
+    async def _stop_in_time(self, worker: Worker | Guest) -> StopResult:
         rest = self._rest()
         if rest == float("inf"):
             return await worker.stop(worker.order.stop.grace)  # a stop with a longer one may be under way

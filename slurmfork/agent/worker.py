@@ -98,7 +98,7 @@ class Worker:
         self._launch = Launch(
             start_id=f"{os.getpid()}.{self.name}.{self._starts}",
             worker=self.name,
-            command=self.order.command,
+            command=self._outfit.command,
             values=self._outfit.values,
             environment=self._outfit.environment,
             cwd=self.order.cwd,
@@ -122,7 +122,7 @@ class Worker:
         if (leader := self._launch.leader) is not None:
             self._leader = leader
             self._site.trees.enter(self.name, leader, str(self.log_path))
-            self._standing.begun(leader, checked=self.order.ready is not None, told=told)
+            self._standing.begun(leader.pid, checked=self.order.ready is not None, told=told)
             if self.order.ready is not None:
                 self._checking = asyncio.ensure_future(self._await_ready())
 
@@ -150,7 +150,7 @@ class Worker:
             self._fall(f"the readiness check failed: {error}")
         else:
             self._checking = None
-            self._standing.ready()
+            self._standing.ready(self._outfit.notify.endpoints if self._outfit.notify else [])
 
     # --- end
 

@@ -104,6 +104,10 @@ class Forks:
             return Role(command=list(request.command), strategy=strategy), None
         if not role.colocated:
             raise Refused(f"role name {request.role} is in use: it is one of the spec's own, not forked", "in_use")
+        if role.engine is not None and request.command is not None:
+            raise Refused(f"{request.role} hosts an engine: no command can replace that", "misfit")
+        if role.shared and request.env:
+            raise Refused(f"{request.role} lives in its target's processes, whose environment is theirs", "misfit")
         return role, request.command
 
     def _targets(self, target: str | None) -> list[Placement]:

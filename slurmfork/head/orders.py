@@ -9,7 +9,7 @@ from pathlib import Path
 from slurmfork.head.members import Members
 from slurmfork.messages import WorkerView
 from slurmfork.names import WorkerState
-from slurmfork.orders import Order
+from slurmfork.orders import EngineOrder, Order
 from slurmfork.plan import Placement
 from slurmfork.rundir import RunDir
 from slurmfork.spec import Role
@@ -57,7 +57,7 @@ def order(
     }
     return Order(
         worker=placement.worker,
-        command=list(command) if command else role.command,
+        command=list(command) if command else role.command or "",
         cwd=str(Path(cwd, role.cwd or "")),
         env={**environment, **{name: str(value) for name, value in ranks.items()}},
         devices=list(placement.gpus),
@@ -67,7 +67,15 @@ def order(
         ready=role.ready,
         restart=role.restart,
         stop=role.stop,
+        engine=_engine(role),
+        shared=role.shared,
     )
+
+
+def _engine(role: Role) -> EngineOrder | None:
+    if role.engine is None:
+        return None
+    return EngineOrder(path=role.engine, args=role.args, kwargs=role.kwargs, pickle=role.pickle)
 
 
 def pending_view(placement: Placement, devices: Sequence[int | str], rundir: RunDir) -> WorkerView:

@@ -174,7 +174,8 @@ class Workers:
             meeting = await self._rendezvous.open(placement.role, first.node)
             role = self.roles[placement.role]
             environment = {**self._base, **self._inherited(placement.target), **role.env, **(extra or {})}
-            made = order(role, placement, meeting, cwd=self._cwd, environment=environment, command=command)
+            cwd = self._orders[placement.target].cwd if placement.target in self._orders else self._cwd
+            made = order(role, placement, meeting, cwd=cwd, environment=environment, command=command)
             self._orders[placement.worker] = made
             orders.append(made)
         return orders

@@ -10,11 +10,12 @@ import os
 import re
 import signal
 
+import msgspec
 from msgspec.structs import replace
 
 from slurmfork import names
 from slurmfork.spec import sbatch, shape, sizes
-from slurmfork.spec.model import Role, Spec
+from slurmfork.spec.model import Ready, Role, Spec
 from slurmfork.spec.report import Report
 from slurmfork.spec.yamlnodes import short
 
@@ -25,6 +26,9 @@ _NAME_RULE = "letters, digits, - and _ (not first or last), 40 at most"
 _PORT = re.compile(r"(?<![${])\{(ports?)\}(?!\})")
 _SIGNALS = {name.removeprefix("SIG"): number for name, number in signal.Signals.__members__.items()}
 _UNSTOPPABLE = ("KILL", "STOP")
+_CLASS = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
+_PROCESS = ("env", "cwd", "ports", "gpus", "restart", "checkpoint")  # what a process has, and an engine has not
+_BARE = Role()
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -60,6 +64,8 @@ def _settle_role(role: Role) -> Role:
     if role.checkpoint is not None:
         checkpoint = replace(role.checkpoint, signal=role.checkpoint.signal.removeprefix("SIG"))
         role = replace(role, checkpoint=checkpoint)
+    if role.engine is not None:
+        role = replace(role, ready=replace(role.ready or Ready(), notify=True))
     return replace(role, stop=replace(role.stop, signal=role.stop.signal.removeprefix("SIG")))
 
 
@@ -175,7 +181,12 @@ def _role(name: str, role: Role, spec: Spec, report: Report) -> None:
     path = f"roles.{name}"
     if not names.NAME_PATTERN.fullmatch(name):
         report.add(path, f"{short(name)} is not a role's name: {_NAME_RULE}", at=report.where(path))
-    _command(role, path, report)
+    if role.engine is not None:
+        _engine(role, path, report)
+    elif role.command is not None:
+        _command(role.command, role, path, report)
+    else:
+        _neither(role, path, report)
     _environment(role.env, f"{path}.env", report)
     if role.cwd is not None and not role.cwd.startswith("/") and spec.code is None:
         report.add(f"{path}.cwd", f"{short(role.cwd)} is not absolute; begin it with /, or send `code` along")
@@ -188,9 +199,32 @@ def _role(name: str, role: Role, spec: Spec, report: Report) -> None:
         report.add(f"{path}.per_node", "replicas and per_node exclude each other; leave one out")
 
 
-def _command(role: Role, path: str, report: Report) -> None:
+def _neither(role: Role, path: str, report: Report) -> None:
+    if report.sound(f"{path}.command", f"{path}.engine"):
+        report.add(f"{path}.command", "missing; a role has a command, or an engine")
+
+
+def _engine(role: Role, path: str, report: Report) -> None:
+    here = f"{path}.engine"
+    if role.command is not None:
+        report.add(here, "command and engine exclude each other; leave one out")
+    if not _CLASS.fullmatch(role.engine or "") and report.sound(here):
+        report.add(here, f"{short(role.engine or '')} names no class; write package.module:Class")
+    sizes = {key: len(msgspec.json.encode(getattr(role, key))) for key in ("args", "kwargs")}
+    if sum(sizes.values()) > LONGEST_TEXT:
+        key = max(sizes, key=lambda key: sizes[key])
+        report.add(f"{path}.{key}", f"over {LONGEST_TEXT:,} bytes; put it in a file, and give its name")
+    if any(not name.isidentifier() for name in role.kwargs):
+        wrong = next(name for name in role.kwargs if not name.isidentifier())
+        report.add(f"{path}.kwargs.{wrong}", f"{short(wrong)} is no name of an argument in Python")
+
+
+def _command(command: str | list[str], role: Role, path: str, report: Report) -> None:
     here = f"{path}.command"
-    words = [role.command] if isinstance(role.command, str) else role.command
+    words = [command] if isinstance(command, str) else command
+    for key in ("args", "kwargs", "pickle"):
+        if getattr(role, key):
+            report.add(f"{path}.{key}", f"{key} is for roles with an engine; this one has a command")
     if not report.sound(here):
         return
     if not words or not words[0].strip():
@@ -212,7 +246,10 @@ def _ready(role: Role, path: str, report: Report) -> None:
     if not report.sound(*(f"{here}.{kind}" for kind in kinds)):
         return
     given = [kind for kind in kinds if getattr(ready, kind)]
-    if len(given) != 1:
+    if role.engine is not None:
+        if given not in ([], ["notify"]):
+            report.add(f"{here}.{given[-1]}", "an engine is ready when it is made; only the timeout can be given")
+    elif len(given) != 1:
         many = f"it has {' and '.join(given)}" if given else "it has none of them"
         report.add(here, f"needs exactly one of notify, http and tcp; {many}")
     elif given != ["notify"] and not role.ports and report.sound(f"{path}.ports"):
@@ -234,7 +271,7 @@ def _strategy(name: str, role: Role, spec: Spec, report: Report) -> None:
     if not report.sound(f"{path}.strategy"):
         return
     if not role.strategy.fork:
-        report.add(f"{path}.strategy.fork", "false needs a role that hosts Python engines, which there is not yet")
+        _shared(name, role, spec, report)
     if role.colocated:
         _colocated(name, role, spec, report)
         return
@@ -242,6 +279,25 @@ def _strategy(name: str, role: Role, spec: Spec, report: Report) -> None:
         report.add(f"{path}.strategy.target", "only with `type: colocation`; add that, or leave the target out")
     if not role.autostart and report.sound(f"{path}.autostart"):
         report.add(f"{path}.autostart", "false is for `type: colocation`; a role with devices of its own is planned")
+
+
+def _shared(name: str, role: Role, spec: Spec, report: Report) -> None:
+    """The rules of a role without processes of its own."""
+    path = f"roles.{name}"
+    here = f"{path}.strategy.fork"
+    target = spec.roles.get(role.strategy.target or "")
+    if not role.colocated:
+        report.add(here, "false is for `type: colocation`, to live in the target's processes")
+    elif role.engine is None:
+        report.add(here, "false needs an `engine`: a command is always a process of its own")
+    elif target is not None and target.engine is None and report.sound(f"roles.{role.strategy.target}.engine"):
+        report.add(here, f"false needs a target that hosts an engine, and {role.strategy.target} has a command")
+    elif target is not None and target.shared and role.strategy.target != name:
+        other = target.strategy.target
+        report.add(here, f"{role.strategy.target} lives in the processes of {other} itself; make {other} the target")
+    for key in _PROCESS:
+        if getattr(role, key) != getattr(_BARE, key):
+            report.add(f"{path}.{key}", "not with `fork: false`: it is the target's process, which has its own")
 
 
 def _colocated(name: str, role: Role, spec: Spec, report: Report) -> None:

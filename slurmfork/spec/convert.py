@@ -15,14 +15,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 import msgspec
 
 from slurmfork.spec import sbatch
-from slurmfork.spec.model import Spec
+from slurmfork.spec.model import Plain, Spec
 from slurmfork.spec.report import Report
 from slurmfork.spec.yamlnodes import Broken, Listing, Mapping, Node, Scalar, Where, resolve, short
 
 T = TypeVar("T")
 
 _BAD: Any = object()  # no value; the problem is reported
-_STAND_INS: dict[str, Any] = {"name": "x", "command": "true", "path": ".", "roles": {}}
+_STAND_INS: dict[str, Any] = {"name": "x", "path": ".", "roles": {}}
 _EXPECTED = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -85,6 +85,8 @@ class _Walk:
             return None
         if get_origin(kind) is dict:
             return self._dict(Mapping(node.at) if empty else node, get_args(kind)[1], path)
+        if get_origin(kind) is list and get_args(kind)[0] == Plain:
+            return self._plains(Listing(node.at) if empty else node, path)
         if get_origin(kind) is list:
             return self._texts(Listing(node.at) if empty else node, path)
         if section := _section(kind):
@@ -112,6 +114,8 @@ class _Walk:
         read: Callable[[Node, str], Any] = self._text
         if kind is Any:
             read = self._option
+        elif kind == Plain:
+            read = self._plain
         elif section := _section(kind):
             read = lambda child, here: self._value(child, section, here)  # noqa: E731
         values = {}
@@ -129,6 +133,24 @@ class _Walk:
             self._report.place(f"{path}[{number}]", item.at)
             texts.append(self._text(item, f"{path}[{number}]"))
         return _BAD if _BAD in texts else texts
+
+    def _plains(self, node: Node, path: str) -> Any:
+        if not isinstance(node, Listing):
+            return self._refuse(path, f"expected a list, got {describe(node)}", node)
+        return self._plain(node, path)
+
+    def _plain(self, node: Node, path: str) -> Any:
+        """Whatever stands there, lists and maps included; of numbers only those that JSON has."""
+        if isinstance(node, Broken):
+            return _BAD
+        if isinstance(node, Listing):
+            items = [self._plain(item, f"{path}[{number}]") for number, item in enumerate(node.items)]
+            return _BAD if _BAD in items else items
+        if isinstance(node, Mapping):
+            return self._dict(node, Plain, path)
+        if isinstance(node.value, float) and not math.isfinite(node.value):
+            return self._refuse(path, "not a finite number", node)
+        return node.value
 
     def _text(self, node: Node, path: str) -> Any:
         """The text of any scalar as it is written in the file: numbers and true are text here."""

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct, field
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=1_000_000)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
+Plain: TypeAlias = Annotated[Any, Meta(description="whatever YAML can say")]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=31_536_000)]
 
 
@@ -69,7 +70,8 @@ class Strategy(Section, kw_only=True, frozen=True):
     type: Literal["separation", "colocation"] = "separation"
     # The role beside whose workers these are started (colocation only).
     target: str | None = None
-    # true: a process of its own beside the target. false is for roles that host Python engines, not yet.
+    # true: a process of its own beside the target. false: its engines live in the target's own processes; both
+    # roles have an `engine` then, and what only a process has (env, cwd, ports, gpus, restart ...) is the target's.
     fork: bool = True
 
 
@@ -78,7 +80,17 @@ class Role(Section, kw_only=True, frozen=True):
 
     # A list of arguments, or one string for the shell. {port}, {ports}, {index}, {rank}, {role}, {worker},
     # {node}, {run_id}, {run_dir} are filled in; write {{port}} for the text {port}. ${port} is the shell's.
-    command: str | list[str]
+    command: str | list[str] | None = None
+    # In place of a command: a Python class, as package.module:Class. Each worker makes one object of it, and serves
+    # calls of its methods.
+    engine: str | None = None
+    # Positional arguments for the engine's class.
+    args: list[Plain] = field(default_factory=list)
+    # Arguments by name for the engine's class.
+    kwargs: dict[str, Plain] = field(default_factory=dict)
+    # true: calls of the engine may carry pickled objects, where the caller asks for it. Whoever may call can then
+    # run anything in the worker.
+    pickle: bool = False
     # Workers in all. Left out: 1, or with colocation one for each group of targets that gives it its devices.
     replicas: Positive | None = None
     # Workers on every node; in place of replicas.
@@ -90,12 +102,13 @@ class Role(Section, kw_only=True, frozen=True):
     cpus: Count | None = None
     # Environment of these workers, over the run's. Numbers and true become the text that they are written as.
     env: dict[str, str] = field(default_factory=dict)
-    # Working directory, absolute, or relative to the `code` that was sent along. Left out: there, or where there is
-    # none the directory of submission.
+    # Working directory, absolute, or relative to the `code` that was sent along. Left out: with colocation the
+    # target's, else there, or where there is none the directory of submission.
     cwd: str | None = None
     # Free TCP ports to reserve for each worker, in SLURMFORK_PORTS and as {port}.
     ports: Annotated[int, Meta(ge=0, le=64)] = 0
-    # When a worker is ready. Left out: as soon as it is started.
+    # When a worker is ready. Left out: as soon as it is started, or with an engine when its object is made (then only
+    # the timeout can be given).
     ready: Ready | None = None
     # Whether a worker that ended is started again.
     restart: Restart = field(default_factory=Restart)
@@ -111,6 +124,11 @@ class Role(Section, kw_only=True, frozen=True):
     strategy: Strategy = field(default_factory=Strategy)
     # false: started by `slurmfork fork` (colocation only).
     autostart: bool = True
+
+    @property
+    def shared(self) -> bool:
+        """Whether its engines live in the processes of its target."""
+        return self.colocated and not self.strategy.fork
 
     @property
     def colocated(self) -> bool:

@@ -1,0 +1,1 @@
+"""Parts of scripts/bench that have a file of their own."""

@@ -1,0 +1,47 @@
+"""What a connection that carries frames is to those who use it, over a Unix socket of this node or mutual TLS.
+
+``send`` may be called by any thread; ``post`` leaves it to the loop, which then sends many at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from slurmfork.engine.inbox import Arrived
+from slurmfork.engine.shared import Lender
+from slurmfork.engine.wire import Frame
+
+BUFFER = 1024 * 1024  # bytes that a socket is asked to hold
+
+
+class Channel(Protocol):
+    """What a connection is to those who use it. ``lost`` of the maker is called once, in the loop, when it ends."""
+
+    lender: Lender | None  # of shared memory, where both ends are on one node
+
+    def send(self, frame: Frame) -> None:
+        """Send; what cannot leave at once waits. Nothing happens once it is closed."""
+
+    def post(self, frame: Frame) -> None:
+        """Send when the loop has its turn, or with the next ``send``."""
+
+    def close(self) -> None:
+        """Let what waits go, and end it; in the loop."""
+
+
+Taker = Callable[[Arrived], None]
+Loser = Callable[[str], None]
+
+
+class Piece(NamedTuple):
+    """A part of a frame that waits to be sent, with the descriptors that go with it."""
+
+    part: bytes | memoryview
+    descriptors: Sequence[int] = ()
+
+
+def pieces(frame: Frame) -> Iterator[Piece]:
+    yield Piece(frame.parts[0], frame.hand_over() if frame.blocks else ())
+    for part in frame.parts[1:]:
+        yield Piece(part)

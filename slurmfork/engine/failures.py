@@ -1,0 +1,122 @@
+"""Failures: exceptions as they travel from an engine to its caller, and become exceptions again.
+
+By type name and arguments, with the traceback as text. A class that is found here is filled in without its __init__,
+so that no code of anybody's runs; one that is not found makes an EngineCallError.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import traceback
+from collections.abc import Collection, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from slurmfork.engine import classes
+from slurmfork.engine.codec import Packed, pack, unpack
+from slurmfork.errors import CodecError, EngineCallError, WorkerFailed
+
+if TYPE_CHECKING:
+    from slurmfork.messages import WorkerView
+
+_OURS = os.path.dirname(__file__)  # noqa: PTH120 (light)
+_UNRAISABLE = (StopIteration, StopAsyncIteration)  # a future may not have them
+
+
+class RemoteTraceback(Exception):
+    """The cause of an exception that an engine has raised: where it did, in words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+def pack_failure(error: BaseException) -> Packed:
+    """What is sent. Arguments and attributes that cannot travel stay behind."""
+    kind = type(error)
+    trace = "".join(traceback.format_exception(kind, error, _beyond_us(error.__traceback__)))
+    name = [kind.__module__, kind.__qualname__]
+    arguments, whole = _sendable(error.args), True
+    if arguments is None:
+        arguments, whole = [str(error)], False
+    attributes = {key: value for key, value in vars(error).items() if _sendable(value) is not None}
+    notes = [str(note) for note in attributes.pop("__notes__", ())]
+    return pack([name, whole, arguments, attributes, notes, str(error), trace])
+
+
+def unpack_failure(body: bytes, buffers: Sequence[Any], packages: Collection[str]) -> Exception:
+    """The exception; its cause is the remote traceback."""
+    (module, name), whole, arguments, attributes, notes, text, trace = unpack(body, buffers, packages)
+    error = _again(module, name, arguments, attributes, packages) if whole else None
+    if error is None:
+        shown = name if module == "builtins" else f"{module}.{name}"
+        error = EngineCallError(f"{shown}: {text}" if text else shown, f"{module}:{name}")
+    if notes:
+        error.__notes__ = notes  # type: ignore[attr-defined]
+    error.__cause__ = RemoteTraceback(trace)
+    return error
+
+
+def _again(
+    module: str, name: str, arguments: Sequence[Any], attributes: dict[str, Any], packages: Collection[str]
+) -> Exception | None:
+    try:
+        kind = classes.find(module, name, packages)
+        if not issubclass(kind, Exception) or issubclass(kind, _UNRAISABLE):
+            return None
+        if kind.__module__ == builtins.__name__:
+            made: Exception = kind(*arguments)
+        elif kind.__new__ in (Exception.__new__, OSError.__new__) or issubclass(kind, OSError):
+            made = kind.__new__(kind, *arguments)
+        else:
+            return None
+    except Exception:  # whatever a class makes of arguments that are not what it expects
+        return None
+    made.args = tuple(arguments)
+    for key, value in attributes.items():
+        made.__dict__[key] = value
+    return made
+
+
+def _sendable(value: Any) -> Any:
+    try:
+        pack(value)
+    except CodecError:
+        return None
+    return value
+
+
+def _beyond_us(trace: TracebackType | None) -> TracebackType | None:
+    """The traceback without the host's own frames, which tell a user nothing."""
+    rest = trace
+    while rest is not None and rest.tb_frame.f_code.co_filename.startswith(_OURS):
+        rest = rest.tb_next
+    return rest or trace
+
+
+# --- workers that are gone -----------------------------------------------------------------------------------
+
+
+def verdict(worker: str, now: WorkerView | None, before: WorkerView) -> WorkerFailed | None:
+    """What calls to a worker fail with; None while it may still live."""
+    if now is None:
+        return WorkerFailed(f"{worker} is gone", worker)
+    from slurmfork.names import UP_STATES
+
+    if now.state in UP_STATES and now.pid == before.pid:
+        return None
+    return worker_failed(now)
+
+
+def worker_failed(view: WorkerView) -> WorkerFailed:
+    """A worker's end as an error."""
+    status = f", exit status {view.exit_status}" if view.exit_status is not None else ""
+    reason = f": {view.reason}" if view.reason else ""
+    tail = f"\n{view.log_tail}" if view.log_tail else ""
+    return WorkerFailed(
+        f"{view.worker} is {view.state}{status}{reason}{tail}", view.worker, view.exit_status, view.log_tail
+    )
