@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +241,109 @@ def test_what_the_profile_says_of_slurm_is_taken_where_the_spec_says_nothing(awa
     assert "#SBATCH --comment=ours" in script
     assert "#SBATCH --time=10" in script
     assert f"{away.cluster.user_home}/.slurmfork/" in script
+
+
+# --- what goes wrong on the way
+
+
+@contextmanager
+def every_third_is_dropped(host: str, port: int) -> Iterator[tuple[int, list[int]]]:
+    """A port that leads to another one, but drops every third connection; and how many it has taken."""
+    taken: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    near, _ = listening.accept()
+                    taken.append(len(taken))
+                    if len(taken) % 3 == 0:
+                        near.close()
+                        continue
+                    far = socket.create_connection((host, port))
+                    for one, other in ((near, far), (far, near)):
+                        threading.Thread(target=pump, args=(one, other), daemon=True).start()
+
+        serving = threading.Thread(target=serve, daemon=True)
+        serving.start()
+        yield listening.getsockname()[1], taken
+        listening.shutdown(socket.SHUT_RDWR)
+        serving.join(30)
+
+
+def pump(one: socket.socket, other: socket.socket) -> None:
+    with suppress(OSError):
+        while data := one.recv(65_536):
+            other.sendall(data)
+    with suppress(OSError):
+        other.shutdown(socket.SHUT_WR)
+
+
+def test_a_server_that_drops_every_third_connection(away: Away) -> None:
+    login = away.cluster.hosts["login"]
+    key = next(line for line in away.cluster.known_hosts.read_text().splitlines() if login["address"] in line)
+    known = away.directory / "known"
+    known.write_text(f"third {key.partition(' ')[2]}\n")
+    with every_third_is_dropped(login["address"], login["port"]) as (port, taken):
+        config = Path(away.env["HOME"]) / ".ssh" / "config"
+        config.write_text(
+            f"Host third\n  HostName 127.0.0.1\n  Port {port}\n  HostKeyAlias third\n  UserKnownHostsFile {known}\n"
+            f"  User {away.cluster.user}\n  IdentityFile {away.cluster.keys['ed25519']}\n{config.read_text()}"
+        )
+        file = Path(away.env["SLURMFORK_CONFIG"])
+        file.write_text(file.read_text() + '[clusters.third]\nhost = "third"\n')
+        for _ in range(6):
+            assert away.on("third", "status").returncode == 0
+        assert len(taken) > 6
+
+
+def test_an_upload_that_breaks_leaves_no_half_file(away: Away) -> None:
+    code = away.directory / "a dir 'with' \"quotes\" and $HOME"
+    code.mkdir()
+    names = ["plain.bin", "with a space.bin", "it's.bin", 'say "so".bin', "$(touch x).bin", "ünï.bin"]
+    for name in names:
+        (code / name).write_bytes(os.urandom(3_000_000))
+    role = "roles:\n  a: {command: [sleep, '1000']}\n"
+    spec = f"name: broken\ncode: {json.dumps(code.name)}\nslurm: {{time: 10}}\n{role}"
+    submitting = away.start("submit", "--cluster", "big", "--json", str(away.spec(spec)))
+    store = away.cluster.user_home / ".slurmfork" / "runs"
+    before = {path for path in store.glob(".code-*/*/*")}
+    for more in (1, 3):
+        wait_until(lambda more=more: len({*store.glob(".code-*/*/*")} - before) >= more, "files to arrive")
+        away.cluster.drop()
+    out, err = submitting.communicate(timeout=300)
+    assert submitting.returncode == 0, err
+    run_id = json.loads(out)["run_id"]
+    away.runs.append(run_id)
+    arrived = store / run_id / "code"
+    assert sorted(path.name for path in arrived.iterdir()) == sorted(names)
+    for name in names:
+        assert (arrived / name).read_bytes() == (code / name).read_bytes()
+
+
+# --- the truth about nodes
+
+
+def test_probes_from_afar_say_what_lives(away: Away) -> None:
+    """By ssh from the login node to each node; agent, head and a worker are killed."""
+    run_id = submit(away, "big")
+    away.told("big", "wait", run_id, "--for", "ready")
+    probed = away.told("big", "ps", run_id, "--probe", "--via", "ssh")["probe"]
+    assert {view["verdict"] for view in probed["workers"]} == {"alive"}
+    assert [node["ok"] for node in probed["nodes"]] == [True, True]
+    assert probed["differences"] == []
+    head = json.loads((away.cluster.user_home / ".slurmfork" / "runs" / run_id / "head.json").read_text())
+    status = away.told("big", "status", run_id)["runs"][0]
+    keepers = [view["agent_pid"] for view in status["nodes"]]
+    for pid in [head["pid"], *keepers]:
+        os.kill(pid, signal.SIGSTOP)  # so that nobody cleans up before we have looked
+    victim = probed["workers"][0]
+    os.kill(victim["pid"], signal.SIGKILL)
+    try:
+        probed = away.told("big", "ps", run_id, "--probe", "--via", "ssh")["probe"]
+        verdicts = {view["worker"]: view["verdict"] for view in probed["workers"]}
+        assert verdicts.pop(victim["worker"]) == "gone"
+        assert set(verdicts.values()) == {"alive"}
+    finally:
+        for pid in [head["pid"], *keepers]:
+            os.kill(pid, signal.SIGCONT)
