@@ -16,12 +16,16 @@ from slurmfork.spec.model import Ready, Restart, Stop
 
 
 class EngineOrder(Strict, kw_only=True, omit_defaults=True):
-    """What a worker that hosts an engine makes: ``path`` is ``package.module:Class``. As in the spec's role."""
+    """What a worker that hosts an engine makes: ``path`` is ``package.module:Class``. As in the spec's role.
+
+    ``checkpoint``: the signal by which it hears that the run is about to end.
+    """
 
     path: str
     args: list[Any] = field(default_factory=list)
     kwargs: dict[str, Any] = field(default_factory=dict)
     pickle: bool = False
+    checkpoint: str | None = None
 
 
 class Order(Strict, kw_only=True, omit_defaults=True):

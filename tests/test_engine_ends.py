@@ -185,3 +185,14 @@ def test_memory_that_was_shared_is_gone_with_the_run(local: Shell) -> None:
     assert all(array.sum() == 1_000_000 for array in held)  # what the caller has, stays
     socket = next(line for line in worker.view.endpoints if line.startswith("unix:"))
     assert not Path(socket.removeprefix("unix:")).exists()
+
+
+def test_an_engine_saves_itself_when_the_run_is_about_to_end(local: Shell, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    engine = f"engine: 'engine_classes:Saving', args: ['{saved}'], checkpoint: {{signal: USR1}}"
+    run = begun(local, spec().replace("roles:\n", f"roles:\n  saver: {{{engine}}}\n"))
+    saver = run.role("saver").worker(0)
+    assert saver.call("step", 3, timeout=PATIENCE) == 3
+    assert run.signal("saver", "USR1") == ["saver/0"]  # as the head does ahead of the time limit
+    until(lambda: saved.exists() and saved.read_text() == "3\n")
+    assert saver.call("step", 1, timeout=PATIENCE) == 4

@@ -105,6 +105,7 @@ def _hosting(order: Order, engine: EngineOrder, site: Site, scratch: Path) -> st
         kwargs=engine.kwargs,
         pickle=engine.pickle,
         stop=order.stop.signal,
+        checkpoint=engine.checkpoint,
     )
     return hosting.encode(told)
 

@@ -32,12 +32,15 @@ class Host:
         self._door = Door(told, self._engines)
         self._stop = asyncio.Event()
         self._made = False
+        self._saving: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """From the first word to the last."""
         loop = asyncio.get_running_loop()
         for number in {signal.SIGTERM, signal.SIGINT, signal.Signals[f"SIG{self._told.stop}"]}:
             loop.add_signal_handler(number, self._signalled, number)
+        if self._told.checkpoint is not None:
+            loop.add_signal_handler(signal.Signals[f"SIG{self._told.checkpoint}"], self._warned)
         endpoints = self._door.open()
         try:
             await self._engines.create(
@@ -55,6 +58,15 @@ class Host:
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
         return self._told.args, self._told.kwargs
+
+    def _warned(self) -> None:
+        """The run is about to end. A constructor that still runs has nothing to save."""
+        if self._made and self._saving is None:
+            self._saving = asyncio.ensure_future(self._engines.checkpoint())
+            self._saving.add_done_callback(self._saved)
+
+    def _saved(self, task: asyncio.Task[None]) -> None:
+        self._saving = None
 
     def _signalled(self, number: signal.Signals) -> None:
         self._stop.set()

@@ -147,6 +147,17 @@ class Hosted:
 
         self.object = await self.in_thread("__init__", make)
 
+    async def checkpoint(self) -> None:
+        """Have the object save itself if it can, once what its thread is at is done."""
+        saver = getattr(self.object, "checkpoint", None)
+        if callable(saver):
+            await self._call("checkpoint", saver)
+
+    async def _call(self, what: str, method: Callable[[], Any]) -> None:
+        done = method() if inspect.iscoroutinefunction(method) else await self.in_thread(what, method)
+        if inspect.isawaitable(done):
+            await done
+
     async def close(self) -> None:
         """Have the object close itself if it can, once what its thread is at is done; then end the thread."""
         if self._closed:
@@ -155,9 +166,7 @@ class Hosted:
         closer = next((found for name in CLOSERS if callable(found := getattr(self.object, name, None))), None)
         try:
             if closer is not None:
-                done = closer() if inspect.iscoroutinefunction(closer) else await self.in_thread("close", closer)
-                if inspect.isawaitable(done):
-                    await done
+                await self._call("close", closer)
         finally:
             self._jobs.put(None)
             self.object = None
@@ -230,6 +239,14 @@ class Engines:
                 await self._engines.pop(key).close()
             except Exception:
                 log.exception("%s could not be closed", key[1] or key[0])
+
+    async def checkpoint(self) -> None:
+        """Have each save itself, all at the same time; what fails is logged."""
+        engines = list(self._engines.items())
+        results = await asyncio.gather(*(engine.checkpoint() for _, engine in engines), return_exceptions=True)
+        for (key, _), failed in zip(engines, results, strict=True):
+            if failed is not None:
+                log.error("the checkpoint of %s failed", key[1] or key[0], exc_info=failed)
 
     def health(self) -> list[dict[str, Any]]:
         """What each does."""

@@ -13,7 +13,8 @@ UNIX, TLS = "unix:", "tls://"
 
 
 class Hosting(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """``path`` is ``package.module:Class``, called with ``args`` and ``kwargs``; ``stop`` the signal that ends it.
+    """``path`` is ``package.module:Class``, called with ``args`` and ``kwargs``; ``stop`` the signal that ends it,
+    ``checkpoint`` the one that says that the run is about to end (None: none does).
 
     ``address`` is the node's own, of which it takes a TCP port. ``pickle``: whether callers may send pickled values.
     """
@@ -28,6 +29,7 @@ class Hosting(Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=Tr
     kwargs: dict[str, Any] = field(default_factory=dict)
     pickle: bool = False
     stop: str = "TERM"
+    checkpoint: str | None = None
 
 
 def encode(hosting: Hosting) -> str:

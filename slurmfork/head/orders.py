@@ -75,7 +75,8 @@ def order(
 def _engine(role: Role) -> EngineOrder | None:
     if role.engine is None:
         return None
-    return EngineOrder(path=role.engine, args=role.args, kwargs=role.kwargs, pickle=role.pickle)
+    signal = role.checkpoint.signal if role.checkpoint else None
+    return EngineOrder(path=role.engine, args=role.args, kwargs=role.kwargs, pickle=role.pickle, checkpoint=signal)
 
 
 def pending_view(placement: Placement, devices: Sequence[int | str], rundir: RunDir) -> WorkerView:
