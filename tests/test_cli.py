@@ -32,6 +32,7 @@ from slurmfork.rundir import EndRecord, RunDir, RunRecord, find
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRINTS_DATA = {
     "validate", "plan", "submit", "wait", "status", "ps", "fork", "stop", "cancel", "clean", "prune", "doctor",
+    "cluster bootstrap",
     "cluster list", "cluster test",
 }  # fmt: skip
 GOOD = "name: good\nbackend: local\nroles:\n  a: {replicas: 3, command: [sleep, '9']}\n"
