@@ -167,7 +167,7 @@ def test_a_numpy_scalar_stays_one(value: Any) -> None:
         ("\ud800", "UTF-8"),
         (type("Local", (), {"__module__": "__main__"}), "cannot be sent"),
     ],
-    ids=repr,
+    ids=["instance", "object", "function", "array of objects", "masked", "text", "class"],
 )
 def test_what_cannot_be_sent_is_named(value: Any, words: str) -> None:
     with pytest.raises(CodecError, match=words):
