@@ -16,17 +16,14 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import psutil
 import pytest
-from cluster import SCRIPT, demanded
+from cluster import demanded
 
 from slurmfork.remote.places import own_name
 
@@ -37,21 +34,12 @@ _numbers = itertools.count(1)
 
 
 def need(*commands: str) -> None:
-    """Have these commands here, or skip the test; where they are demanded, install them, or fail."""
+    """Have these commands here, or skip the test; where Slurm is demanded, so are they."""
     path = f"{os.environ.get('PATH', '')}:{_SBIN}"
     missing = [command for command in commands if shutil.which(command, path=path) is None]
-    if not missing:
-        return
-    packages = [NEEDED[command] for command in missing]
-    if not demanded():
-        pytest.skip(f"not here: {', '.join(missing)}; install {' '.join(packages)}")
-    loader = SourceFileLoader("minicluster_script", str(SCRIPT))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    script = module_from_spec(spec)
-    sys.modules[loader.name] = script
-    loader.exec_module(script)
-    script.install(packages)
+    if missing:
+        said = f"not here: {', '.join(missing)}; install {' '.join(NEEDED[command] for command in missing)}"
+        pytest.fail(said) if demanded() else pytest.skip(said)
 
 
 def need_root() -> None:
