@@ -177,7 +177,7 @@ class Head:
                 return
             nodes = [Node(member.node, len(member.join.devices), member.join.cpus) for member in self._members.sorted()]
             placements = plan(self._spec, self._nodes(nodes))
-            self._planned = [placement.worker for placement in placements]
+            self._planned = [p.worker for p in placements if self._spec.roles[p.role].autostart]
             if self._spec.preflight != "off":
                 await preflight(self._members, self._table, refuse=self._spec.preflight == "refuse")
             await self._workers.start_all(placements)
@@ -209,10 +209,11 @@ class Head:
             complete.cancel()
 
     def _nodes(self, nodes: list[Node]) -> list[Node]:
-        """On this machine CPUs are shared with everything else: they limit only where the spec says how many."""
-        if self._record.backend != "local":
+        """Where CPUs are shared with everything else, they limit only where the spec says how many."""
+        limits = {"local": self._spec.local.cpus_per_node, "ray": self._spec.ray.cpus_per_node}
+        if self._record.backend not in limits:
             return nodes
-        return [Node(node.name, node.gpus, self._spec.local.cpus_per_node) for node in nodes]
+        return [Node(node.name, node.gpus, limits[self._record.backend]) for node in nodes]
 
     def _fail(self, reason: str, error: Refused | None = None) -> None:
         failed = [view for view in (error.detail if error and isinstance(error.detail, list) else [])]
