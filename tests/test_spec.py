@@ -228,9 +228,9 @@ def test_template_is_made_absolute(tmp_path: Path) -> None:
 
 def test_backend_goes_over_the_file() -> None:
     assert loads(SPEC, backend="local").backend == "local"
-    (found,) = problems(SPEC, backend="ray")
+    (found,) = problems(SPEC, backend="pbs")
     assert (found.file, found.path) == ("--backend", "backend")
-    assert "local, slurm" in found.message
+    assert "local, slurm, ray" in found.message
 
 
 # --- what is refused: (text, line, path, part of the message) ----------------------------------------------

@@ -69,7 +69,9 @@ class Head:
         """The whole life of the run."""
         environment = dict(os.environ)
         known = await addresses.node_addresses(environment)
-        self._addresses, (api_socket, link_socket) = addresses.bind(known, environment)
+        self._addresses, (api_socket, link_socket) = addresses.bind(
+            known, environment, apart=self._record.backend == "ray"
+        )
         credentials.make(self._rundir.credentials, self._rundir.run_id)
         self._assemble(addresses.expected_nodes(environment, request(self._spec).nodes), known)
         self._handle_signals()
@@ -196,8 +198,10 @@ class Head:
         """Wait for all agents; False, and the run is decided to fail, where one does not come."""
         absent = asyncio.ensure_future(self._batch_log.absentee(lambda node: node in self._table.nodes))
         complete = asyncio.ensure_future(self._members.complete.wait())
+        # On Ray the launcher may wait in a queue, and its agents, once they are there, give up by themselves.
+        patience = None if self._record.backend == "ray" else JOIN_TIMEOUT
         try:
-            await asyncio.wait([absent, complete], timeout=JOIN_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([absent, complete], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             if absent.done():
                 self._fail(absent.result())
             elif not complete.done():
