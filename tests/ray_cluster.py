@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from running import Shell
+
 from slurmfork import killing, process
 
 MARK = "SLURMFORK_TEST_RAY"
@@ -29,6 +31,7 @@ class RayCluster:
         self._process = subprocess.Popen(
             [python, __file__, *map(str, (nodes, gpus, cpus))],
             env={**environment, MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)},
+            cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -37,6 +40,12 @@ class RayCluster:
         told: dict[str, Any] = json.loads(self._process.stdout.readline())
         self.address: str = told["address"]
         self.raylets: dict[str, int] = told["raylets"]  # by Ray's id of the node
+
+    def shell(self, directory: Path, python: str) -> Shell:
+        """A user's shell in which this is the cluster."""
+        made = Shell(directory, {"RAY_ADDRESS": self.address, "PYTHONPATH": str(ROOT)})
+        made.python = python
+        return made
 
     def pids(self) -> list[int]:
         """All processes that were started below it."""

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,12 +22,12 @@ from typing import Any
 if not __package__:  # isolated mode leaves out every path of the user's, ours among them
     sys.path.append(__file__.rsplit("/", 3)[0])
 
-from slurmfork import names, process
-from slurmfork.agent.node import LOCAL_DEVICES
+from slurmfork import devices, names, process
+from slurmfork.agent.node import CUDA, LOCAL_DEVICES
 from slurmfork.backends import ray_nodes
 from slurmfork.backends.ray_nodes import Place, RayRecord
 from slurmfork.devices import VARIABLES
-from slurmfork.errors import RunDirError
+from slurmfork.errors import PlanError, RunDirError
 from slurmfork.messages import StatusView
 from slurmfork.names import ENDED_STATES, RunState
 from slurmfork.rundir import HeadRecord, RunDir
@@ -34,6 +35,7 @@ from slurmfork.rundir import HeadRecord, RunDir
 AGENT = Path(__file__).resolve().parent.parent / "agent" / "__main__.py"
 ERRAND_S = 40.0
 LOOK_S = 1.0
+CONNECT_S = 10.0
 
 
 class NoNodes(Exception):
@@ -232,23 +234,20 @@ def watch(ray: Any, nodes: Nodes, ends: dict[Any, str]) -> int:
 
 @contextlib.contextmanager
 def connected(address: str | None, count: int, gpus: int, cpus: int) -> Iterator[Any]:
-    """Ray's module, connected: to ``address``, to RAY_ADDRESS, to a cluster that is here, or to one started here."""
+    """Ray's module, connected: to ``address``, else to RAY_ADDRESS, else to a cluster that is started here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     cluster = None
-    try:
-        ray.init(address=address or "auto", **quiet)
-    except ConnectionError as error:
-        if wanted := address or os.environ.get("RAY_ADDRESS"):
+    if wanted := address or os.environ.get("RAY_ADDRESS"):
+        _look_for(wanted)
+        try:
+            ray.init(address=wanted, **quiet)
+        except ConnectionError as error:
             raise NoNodes(f"Ray does not answer at {wanted}: {error}") from None
-        from ray.cluster_utils import Cluster
-
-        shape = {"num_cpus": max(cpus, 1), "num_gpus": gpus, "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=shape)
-        for _ in range(count - 1):
-            cluster.add_node(num_cpus=max(cpus, 1), num_gpus=gpus)
+    else:
+        cluster = _started(count, gpus, cpus)
         ray.init(address=cluster.address, **quiet)
     try:
         yield ray
@@ -256,6 +255,39 @@ def connected(address: str | None, count: int, gpus: int, cpus: int) -> Iterator
         ray.shutdown()
         if cluster is not None:
             cluster.shutdown()
+
+
+def _started(count: int, gpus: int, cpus: int) -> Any:
+    """A cluster on this machine, whose nodes share its GPUs; where it has none, their numbers stand for nothing."""
+    from ray.cluster_utils import Cluster
+
+    try:
+        granted = devices.of_this_process(count, gpus)
+    except PlanError as error:
+        raise NoNodes(str(error)) from None
+    real = bool(devices.present(os.environ))
+    before = os.environ.pop(CUDA, None)
+    cluster = Cluster()
+    for own in granted:
+        if real:
+            os.environ[CUDA] = ",".join(own)  # by which Ray knows what a node that it starts has
+        cluster.add_node(num_cpus=max(cpus, 1), num_gpus=gpus, include_dashboard=False)
+    os.environ.pop(CUDA, None)
+    if before is not None:
+        os.environ[CUDA] = before
+    return cluster
+
+
+def _look_for(address: str) -> None:
+    """Ray itself would try for minutes; raises NoNodes if nobody listens there."""
+    host, colon, port = address.rpartition(":")
+    if "://" in address:
+        raise NoNodes(f"{address} is not a cluster's own address: give host:port, as `ray start --head` tells it")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except OSError as error:
+            raise NoNodes(f"Ray does not answer at {address}: {error.strerror or error}") from None
 
 
 def given_up(rundir: RunDir) -> bool:

@@ -149,8 +149,8 @@ class Local(Section, kw_only=True, frozen=True, rename="kebab"):
 class Ray(Section, kw_only=True, frozen=True, rename="kebab"):
     """What to ask Ray for: one bundle a node, of which no two are on one of Ray's nodes."""
 
-    # The address of a running cluster, as for ray.init(). Left out: RAY_ADDRESS, or a cluster that runs on this
-    # machine, or one that is started here for the run alone.
+    # The address of a running cluster, host:port, or auto for the one on this machine. Left out: RAY_ADDRESS, or where
+    # that is not set, a cluster that is started on this machine for the run alone.
     address: str | None = None
     # GPUs of each node. Left out: as few as will do.
     gpus_per_node: Count | None = None
