@@ -1,7 +1,7 @@
 """slurmfork: a compose file for a Slurm allocation.
 
-The public door: ``submit``, ``Run``, ``Spec``, ``current`` and the errors. Names are resolved on first use, so
-that ``import slurmfork`` costs nothing in the agents, whose start is on every node's critical path.
+The public door: ``submit``, ``Run``, ``Scheduler``, ``Spec``, ``current`` and the errors. Names are resolved on first
+use, so that ``import slurmfork`` costs nothing in the agents, whose start is on every node's critical path.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from slurmfork.version import __version__
 if TYPE_CHECKING:
     from slurmfork.errors import SlurmforkError as SlurmforkError
     from slurmfork.run import Run as Run
+    from slurmfork.scheduler import Scheduler as Scheduler
     from slurmfork.spec import Spec as Spec
     from slurmfork.spec.reader import load as load_spec
     from slurmfork.submission import submit as submit
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Run": ("slurmfork.run", "Run"),
+    "Scheduler": ("slurmfork.scheduler", "Scheduler"),
     "Spec": ("slurmfork.spec", "Spec"),
     "SlurmforkError": ("slurmfork.errors", "SlurmforkError"),
     "current": ("slurmfork.worker", "current"),
@@ -27,7 +29,7 @@ _HOMES = {
     "submit": ("slurmfork.submission", "submit"),
 }
 
-__all__ = ["Run", "SlurmforkError", "Spec", "__version__", "current", "load_spec", "submit"]
+__all__ = ["Run", "Scheduler", "SlurmforkError", "Spec", "__version__", "current", "load_spec", "submit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,8 @@ from slurmfork.messages import (
     ForkReply,
     ForkRequest,
     Health,
+    PortsReply,
+    PortsRequest,
     SignalReply,
     SignalRequest,
     StatusView,
@@ -99,6 +101,10 @@ class Client:
     def signal(self, request: SignalRequest) -> list[str]:
         """POST /v1/signal; the names of the workers that were signalled."""
         return self._ask("POST", "/v1/signal", request, SignalReply).signalled
+
+    def ports(self, request: PortsRequest) -> list[int]:
+        """POST /v1/ports; the ports that were reserved."""
+        return self._ask("POST", "/v1/ports", request, PortsReply).ports
 
     def cancel(self, request: CancelRequest) -> CancelReply:
         """POST /v1/cancel; returns when nothing of the run is left on any node that could be asked."""

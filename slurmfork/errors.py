@@ -5,7 +5,12 @@ The CLI prints ``str(error)`` as one line and exits with ``exit_code``; nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slurmfork.messages import WorkerView
 
 
 class SlurmforkError(Exception):
@@ -129,6 +134,46 @@ class WorkerFailed(EngineError):
         self.worker = worker
         self.exit_status = exit_status
         self.log_tail = log_tail
+
+
+class SchedulerError(SlurmforkError):
+    """Base of what ``slurmfork.scheduler`` adds: what was asked of a run's workers could not be done."""
+
+
+class WorkerCreationError(SchedulerError):
+    """Workers of ``role`` could not be created, and none of them is left.
+
+    ``workers`` are those that failed, as WorkerViews with exit_status and log_tail; ``kind`` is the head's word for it.
+    """
+
+    def __init__(self, role: str, reason: str, *, kind: str = "", workers: Sequence[WorkerView] = ()) -> None:
+        tail = next((f"\n{view.log_tail}" for view in workers if view.log_tail), "")
+        super().__init__(f"workers of {role} could not be created: {reason}{tail}")
+        self.role, self.reason, self.kind, self.workers = role, reason, kind, list(workers)
+
+
+class WorkerNotFound(SchedulerError):
+    """There is no such role or worker: it was not created, or it was deleted. ``key`` is what was asked for."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(reason)
+        self.key = key
+
+
+class WorkerTimeout(SchedulerError, TimeoutError):
+    """Workers were not up in time. ``key`` is the role (or the run), ``timeout`` in seconds."""
+
+    def __init__(self, key: str, timeout: float, reason: str) -> None:
+        super().__init__(reason)
+        self.key, self.timeout = key, timeout
+
+
+class PortAllocationError(SchedulerError):
+    """A worker's node has not so many free ports, or cannot be asked. ``worker`` and ``count`` are what was asked."""
+
+    def __init__(self, worker: str, count: int, reason: str) -> None:
+        super().__init__(f"{count} ports for {worker}: {reason}")
+        self.worker, self.count = worker, count
 
 
 def one_line(text: str) -> str:

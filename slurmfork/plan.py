@@ -37,7 +37,7 @@ class Request:
 
 
 def plan(spec: Spec, nodes: Sequence[Node]) -> list[Placement]:
-    """Every worker of the roles that start by themselves, role by role, targets before what is beside them.
+    """Every worker of the roles that start by themselves or have devices of their own, targets before what is beside.
 
     Within a role indices, which are the ranks, grow with the nodes. Roles that no GPU and no CPU limits are
     spread evenly. Raises PlanError, with the arithmetic, where no place is found for all.
@@ -81,8 +81,8 @@ def _weight(role: Role) -> int:
 
 
 def _by_dependency(spec: Spec) -> list[str]:
-    """The roles that start by themselves, by name, each after its target."""
-    waiting = {name: role for name, role in sorted(spec.roles.items()) if role.autostart}
+    """The roles that are planned, by name, each after its target."""
+    waiting = {name: role for name, role in sorted(spec.roles.items()) if role.autostart or not role.colocated}
     order: list[str] = []
     done: set[str] = set()
     while waiting:

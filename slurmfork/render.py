@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from slurmfork.spec import Spec
 
 TEMPLATES = Path(__file__).with_name("templates")
-_OURS = {"slurm": "sbatch.sh.j2", "local": "local.sh.j2"}
+_OURS = {"slurm": "sbatch.sh.j2", "local": "local.sh.j2", "ray": "ray.sh.j2"}
 _END = "END_OF_SETUP"
 EPILOG_GRACE_S = 2
 EPILOG_LIMIT_S = 20

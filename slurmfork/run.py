@@ -22,6 +22,7 @@ from slurmfork.messages import (
     CancelReply,
     CancelRequest,
     Event,
+    PortsRequest,
     SignalRequest,
     StopReply,
     StopRequest,
@@ -260,6 +261,12 @@ class Run:
         request = checked(SignalRequest(target=target, signal=signal.upper().removeprefix("SIG")))
         with self._head() as client:
             return client.signal(request)
+
+    def ports(self, worker: str, count: int = 1) -> list[int]:
+        """Reserve ``count`` further ports on the node of a worker (role/index), its own until it ends."""
+        request = checked(PortsRequest(worker=worker, count=count))
+        with self._head() as client:
+            return client.ports(request)
 
     def cancel(self, reason: str = "") -> CancelReply:
         """End the run, and verify: ``survivors`` counts what is left on the nodes that could be asked.

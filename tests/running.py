@@ -20,12 +20,13 @@ class Shell:
     """A user's shell: an environment with a root for run directories, and the `slurmfork` command in it.
 
     ``end`` cancels what it submitted and fails the test if a process of it is left on this machine.
-    ``umask``: the shell's, in place of this process's own.
+    ``umask``: the shell's, in place of this process's own. ``python`` is the Python that has slurmfork in it.
     """
 
     def __init__(self, directory: Path, environment: Mapping[str, str] | None = None, *, umask: int = -1) -> None:
         self.directory = directory
         self.umask = umask
+        self.python = sys.executable
         self.root = directory / "runs"
         base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         self.env = {**base, **(environment or {}), "SLURMFORK_ROOT": str(self.root), "COLUMNS": "200"}
@@ -40,7 +41,7 @@ class Shell:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start `slurmfork ...` and leave it running."""
         return subprocess.Popen(
-            [sys.executable, "-m", "slurmfork", *arguments],
+            [self.python, "-m", "slurmfork", *arguments],
             env=self.env,
             cwd=self.directory,
             umask=self.umask,
@@ -53,7 +54,7 @@ class Shell:
     def call(self, *arguments: str, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
         """`slurmfork ...`, whatever its exit status."""
         return subprocess.run(
-            [sys.executable, "-m", "slurmfork", *arguments],
+            [self.python, "-m", "slurmfork", *arguments],
             env=self.env,
             cwd=self.directory,
             umask=self.umask,

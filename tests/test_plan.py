@@ -370,7 +370,8 @@ def primaries(draw: st.DrawFn) -> dict[str, Role]:
     for name in draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4, unique=True)):
         many = draw(st.integers(1, 6))
         count = {"per_node": min(many, 2)} if draw(st.integers(0, 4)) == 0 else {"replicas": many}
-        found[name] = Role(command="x", gpus=draw(st.none() | st.integers(0, 4)), cpus=draw(SOME_CPUS), **count)
+        gpus, autostart = draw(st.none() | st.integers(0, 4)), draw(st.booleans())
+        found[name] = Role(command="x", gpus=gpus, cpus=draw(SOME_CPUS), autostart=autostart, **count)
     return found
 
 
@@ -449,7 +450,7 @@ def _counted(spec: Spec) -> bool:
 
 
 def check_role(name: str, role: Role, nodes: Sequence[Node], group: list[Placement]) -> None:
-    if not role.autostart:
+    if role.colocated and not role.autostart:
         assert not group
         return
     if role.per_node is not None:

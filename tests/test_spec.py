@@ -228,9 +228,9 @@ def test_template_is_made_absolute(tmp_path: Path) -> None:
 
 def test_backend_goes_over_the_file() -> None:
     assert loads(SPEC, backend="local").backend == "local"
-    (found,) = problems(SPEC, backend="ray")
+    (found,) = problems(SPEC, backend="pbs")
     assert (found.file, found.path) == ("--backend", "backend")
-    assert "local, slurm" in found.message
+    assert "local, slurm, ray" in found.message
 
 
 # --- what is refused: (text, line, path, part of the message) ----------------------------------------------
@@ -360,7 +360,7 @@ RULES = [
     ("name: t\nroles:\n  a/0: {command: run}", 3, "roles.a/0", "is not a role's name"),
     ('name: t\nroles:\n  "a\\nb": {command: run}', 3, "roles.a\\nb", "is not a role's name"),
     (role("replicas: 2\nper_node: 1"), 6, "roles.a.per_node", "exclude each other"),
-    (role("autostart: false"), 5, "roles.a.autostart", "false is for `type: colocation`"),
+    (role("autostart: false\nmain: true"), 6, "roles.a.main", "a main role has to start by itself"),
     (role("strategy:\n  target: a"), 6, "roles.a.strategy.target", "only with `type: colocation`"),
     (role("strategy:\n  fork: false"), 6, "roles.a.strategy.fork", "false is for `type: colocation`"),
     ("name: t\nroles:\n  a: {gpus: 1}", 3, "roles.a.command", "missing; a role has a command, or an engine"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Imported when they are asked for: a backend may need what is not installed everywhere.
 _BACKENDS = {
     "local": "slurmfork.backends.local:LocalBackend",
+    "ray": "slurmfork.backends.ray:RayBackend",
     "slurm": "slurmfork.backends.slurm:SlurmBackend",
 }
 

@@ -53,6 +53,10 @@ class LocalBackend:
         notes = []
         if request.gpus_per_node and not devices.present(os.environ) and spec.local.gpus_per_node is None:
             notes.append(NO_DEVICES)
+        return self._begin(rundir, spec, notes)
+
+    def _begin(self, rundir: RunDir, spec: Spec, notes: list[str]) -> Job:
+        """Start the batch script; raises BackendError without bash."""
         log = os.open(rundir.batch_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             script = subprocess.Popen(

@@ -52,7 +52,9 @@ LOCAL_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "overlay
 
 
 @verb("doctor", prints_data=True, examples=["slurmfork doctor", "slurmfork doctor --backend slurm --json"])
-@click.option("--backend", "-b", type=click.Choice(["local", "slurm"]), help="What must work; default: what is here.")
+@click.option(
+    "--backend", "-b", type=click.Choice(["local", "slurm", "ray"]), help="What must work; default: what is here."
+)
 def doctor(backend: str | None, root: str | None, as_json: bool) -> int:
     """Check Python, the shared directory, the clock, process limits and Slurm here; says what to do.
 
@@ -244,6 +246,8 @@ def _clock(nearest: Path) -> Check:
 
 
 def _slurm(wanted: str | None) -> list[Check]:
+    if wanted == "ray":
+        return _check("ray")
     if wanted == "local" or (wanted is None and shutil.which("sbatch") is None):
         others = "no sbatch here" if shutil.which("sbatch") is None else "not looked at"
         return [

@@ -155,7 +155,7 @@ SPEC = click.Path(dir_okay=False, path_type=Path)
 spec_argument = click.argument("spec", metavar="SPEC", type=SPEC)
 run_argument = click.argument("run", metavar="RUN", type=RUN)
 backend_option = click.option(
-    "--backend", "-b", type=click.Choice(["local", "slurm"]), help="In place of the spec's own backend."
+    "--backend", "-b", type=click.Choice(["local", "slurm", "ray"]), help="In place of the spec's own backend."
 )
 set_option = click.option(
     "--set",

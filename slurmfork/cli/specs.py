@@ -130,7 +130,8 @@ def nodes_of(spec: Spec, asked: Request) -> list[Node]:
     """Imagined nodes, node0 and so on, as many and as large as will be asked for."""
     from slurmfork.plan import Node
 
-    cpus = spec.local.cpus_per_node if spec.backend == "local" else asked.cpus_per_node
+    limits = {"local": spec.local.cpus_per_node, "ray": spec.ray.cpus_per_node}
+    cpus = limits.get(spec.backend, asked.cpus_per_node)
     return [Node(f"node{number}", asked.gpus_per_node, cpus) for number in range(asked.nodes)]
 
 
@@ -144,6 +145,8 @@ def _resized(spec: Spec, nodes: int | None, gpus: int | None) -> Spec:
         return spec
     if spec.backend == "local":
         return replace(spec, local=replace(spec.local, gpus_per_node=gpus))
+    if spec.backend == "ray":
+        return replace(spec, ray=replace(spec.ray, gpus_per_node=gpus))
     return replace(spec, slurm={**spec.slurm, "gpus-per-node": gpus})
 
 

@@ -15,6 +15,7 @@ from slurmfork.rundir import RunDir
 LOOK_S = 0.5
 _PIECE = 256 * 1024
 _SAID = re.compile(r"slurmfork: node (\S+) cannot take part: (.+)")
+_NONE = re.compile(r"slurmfork: (no nodes: .+)")
 _ENDED = re.compile(
     r"srun: error: (\S+): tasks? \S+: (Exited with exit code \d+|Terminated|Killed|Aborted|.*core dump.*)"
     r"|slurmfork: the agent of (\S+) (ended with \d+)"
@@ -30,6 +31,7 @@ class BatchLog:
         self._looking = asyncio.Lock()
         self._refused: dict[str, str] = {}
         self._ended: dict[str, str] = {}
+        self._none = ""
         with contextlib.suppress(OSError):
             self._offset = rundir.batch_log.stat().st_size
 
@@ -37,6 +39,8 @@ class BatchLog:
         """Wait for word of a node that will not come, ``joined`` excepted; returns it, in one line."""
         while True:
             await self._look()
+            if self._none:
+                return self._none
             for node, why in self._refused.items():
                 return f"node {node} cannot take part: {why}"
             for node, how in self._ended.items():
@@ -61,6 +65,8 @@ class BatchLog:
                 for line in lines.decode(errors="replace").splitlines():
                     if said := _SAID.fullmatch(line):
                         self._refused[said[1]] = said[2]
+                    elif said := _NONE.fullmatch(line):
+                        self._none = said[1]
                     elif said := _ENDED.fullmatch(line):
                         self._ended[said[1] or said[3]] = said[2] or said[4]
 

@@ -37,11 +37,17 @@ def _resolve(name: str) -> str | None:
     return None
 
 
-def bind(addresses: Mapping[str, str], environment: Mapping[str, str]) -> tuple[list[str], list[socket.socket]]:
+def bind(
+    addresses: Mapping[str, str], environment: Mapping[str, str], *, apart: bool = False
+) -> tuple[list[str], list[socket.socket]]:
     """Two listening sockets (API, link) and the addresses at which others find them, best first.
 
-    On this node's own NodeAddr where that is an address of this machine; outside of Slurm on loopback.
+    On this node's own NodeAddr where that is an address of this machine; outside of Slurm on loopback, or if nodes
+    are ``apart``, other machines, on all addresses.
     """
+    if apart:
+        found = [_outward(), _resolve(socket.gethostname()), LOOPBACK]
+        return list(dict.fromkeys(address for address in found if address)), [_listen(""), _listen("")]
     if "SLURM_JOB_ID" not in environment:
         return [LOOPBACK], [_listen(LOOPBACK), _listen(LOOPBACK)]
     own = addresses.get(environment.get("SLURMD_NODENAME", ""))
@@ -50,6 +56,14 @@ def bind(addresses: Mapping[str, str], environment: Mapping[str, str]) -> tuple[
             return [own], [_listen(own), _listen(own)]
     names = [own, _resolve(socket.gethostname()), socket.gethostname()]
     return list(dict.fromkeys(name for name in names if name)), [_listen(""), _listen("")]
+
+
+def _outward() -> str | None:
+    """The address from which this machine reaches others; None without a network. Nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("203.0.113.1", 9))  # of a network that is for documentation alone
+        return str(probe.getsockname()[0])
+    return None
 
 
 def _listen(address: str) -> socket.socket:

@@ -129,6 +129,8 @@ class Ending:
             views = [view for view in views if view.role == self._main]
         if not views or any(view.state not in OVER_STATES for view in views):
             return
+        if self._main is None and self._workers.kept:  # more may be started, on devices that are kept for it
+            return
         if self._main is not None and any(view.state is WorkerState.STOPPED for view in views):
             self.decide(Verdict(RunState.CANCELLED, f"the main role {self._main} was stopped", None))
         else:

@@ -1,6 +1,7 @@
-"""The fork RPC: children started beside each target, all of them or none. Decides what may be forked and where.
+"""The fork RPC: children started beside each target, or a role on devices kept for it; all of them or none.
 
-Starting and stopping are ``head.workers``'; what a failure means for the run is ``head.ending``'s.
+Decides what may be forked, and where. Starting and stopping are ``head.workers``'; what a failure means for the run
+is ``head.ending``'s.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Forks:
                 f"role {request.role} {how}; `slurmfork stop` it first, or fork under another name",
                 "in_use",
             )
-        targets = self._targets(request.target or role.strategy.target)
+        targets = self._targets(request.target or role.strategy.target) if role.colocated else []
         self._workers.forking.add(request.role)
         try:
             return await self._fork(request, role, command, targets)
@@ -48,12 +49,7 @@ class Forks:
     async def _fork(
         self, request: ForkRequest, role: Role, command: list[str] | None, targets: list[Placement]
     ) -> ForkReply:
-        try:
-            placements = plan.colocate(
-                request.role, role, targets, count=request.count, replicas=_replicas(role, request)
-            )
-        except SlurmforkError as error:
-            raise Refused(str(error), "misfit") from None
+        placements = self._places(request, role, targets)
         self._workers.forget(request.role)
         self._workers.adopt(request.role, role)
         self._workers.expect(placements)
@@ -92,6 +88,14 @@ class Forks:
 
     # --- what is asked for
 
+    def _places(self, request: ForkRequest, role: Role, targets: list[Placement]) -> list[Placement]:
+        if not role.colocated:
+            return self._workers.kept[request.role]
+        try:
+            return plan.colocate(request.role, role, targets, count=request.count, replicas=_replicas(role, request))
+        except SlurmforkError as error:
+            raise Refused(str(error), "misfit") from None
+
     def _role(self, request: ForkRequest) -> tuple[Role, list[str] | None]:
         """The role to fork, from the spec or made up for this fork, and the command that replaces its own."""
         role = self._workers.spec.roles.get(request.role)
@@ -102,8 +106,12 @@ class Forks:
                 raise Refused(f"unknown role {request.role!r}; {hint}", "unknown")
             strategy = Strategy(type="colocation", target=request.target)
             return Role(command=list(request.command), strategy=strategy), None
-        if not role.colocated:
+        if not role.colocated and role.autostart:
             raise Refused(f"role name {request.role} is in use: it is one of the spec's own, not forked", "in_use")
+        if not role.colocated and (request.target is not None or request.count > 1):
+            raise Refused(f"{request.role} has devices of its own: it takes neither a target nor a count", "misfit")
+        if not role.colocated and request.role not in self._workers.kept:
+            raise Refused("the run is still starting: nodes are not planned yet", "not_running")
         if role.engine is not None and request.command is not None:
             raise Refused(f"{request.role} hosts an engine: no command can replace that", "misfit")
         if role.shared and request.env:

@@ -69,7 +69,9 @@ class Head:
         """The whole life of the run."""
         environment = dict(os.environ)
         known = await addresses.node_addresses(environment)
-        self._addresses, (api_socket, link_socket) = addresses.bind(known, environment)
+        self._addresses, (api_socket, link_socket) = addresses.bind(
+            known, environment, apart=self._record.backend == "ray"
+        )
         credentials.make(self._rundir.credentials, self._rundir.run_id)
         self._assemble(addresses.expected_nodes(environment, request(self._spec).nodes), known)
         self._handle_signals()
@@ -177,7 +179,7 @@ class Head:
                 return
             nodes = [Node(member.node, len(member.join.devices), member.join.cpus) for member in self._members.sorted()]
             placements = plan(self._spec, self._nodes(nodes))
-            self._planned = [placement.worker for placement in placements]
+            self._planned = [p.worker for p in placements if self._spec.roles[p.role].autostart]
             if self._spec.preflight != "off":
                 await preflight(self._members, self._table, refuse=self._spec.preflight == "refuse")
             await self._workers.start_all(placements)
@@ -196,8 +198,10 @@ class Head:
         """Wait for all agents; False, and the run is decided to fail, where one does not come."""
         absent = asyncio.ensure_future(self._batch_log.absentee(lambda node: node in self._table.nodes))
         complete = asyncio.ensure_future(self._members.complete.wait())
+        # On Ray the launcher may wait in a queue, and its agents, once they are there, give up by themselves.
+        patience = None if self._record.backend == "ray" else JOIN_TIMEOUT
         try:
-            await asyncio.wait([absent, complete], timeout=JOIN_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([absent, complete], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
             if absent.done():
                 self._fail(absent.result())
             elif not complete.done():
@@ -209,10 +213,11 @@ class Head:
             complete.cancel()
 
     def _nodes(self, nodes: list[Node]) -> list[Node]:
-        """On this machine CPUs are shared with everything else: they limit only where the spec says how many."""
-        if self._record.backend != "local":
+        """Where CPUs are shared with everything else, they limit only where the spec says how many."""
+        limits = {"local": self._spec.local.cpus_per_node, "ray": self._spec.ray.cpus_per_node}
+        if self._record.backend not in limits:
             return nodes
-        return [Node(node.name, node.gpus, self._spec.local.cpus_per_node) for node in nodes]
+        return [Node(node.name, node.gpus, limits[self._record.backend]) for node in nodes]
 
     def _fail(self, reason: str, error: Refused | None = None) -> None:
         failed = [view for view in (error.detail if error and isinstance(error.detail, list) else [])]

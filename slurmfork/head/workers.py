@@ -44,7 +44,8 @@ class Workers:
 
     ``roles`` are the spec's, and those that a fork brought along; ``forking`` holds those of which a fork is
     under way. ``unwanted`` are workers whose stop could not be verified: should they be seen, they are stopped
-    again. ``extra``, secrets among it, goes into the environment of workers and nowhere else.
+    again. ``extra``, secrets among it, goes into the environment of workers and nowhere else. ``kept`` are the places
+    of roles that a fork starts on devices of their own.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Workers:
         self.spec = spec
         self.forking: set[str] = set()
         self.unwanted: set[str] = set()
+        self.kept: dict[str, list[Placement]] = {}
         self._table = table
         self._members = members
         self._rundir = rundir
@@ -82,6 +84,8 @@ class Workers:
         by_role: dict[str, list[Placement]] = {}
         for placement in placements:
             by_role.setdefault(placement.role, []).append(placement)
+        self.kept = {role: by_role.pop(role) for role in list(by_role) if not self.roles[role].autostart}
+        placements = [placement for group in by_role.values() for placement in group]
         self.expect(placements)
         first = [p for role, group in by_role.items() if not self.roles[role].colocated for p in group]
         await self.start(first)

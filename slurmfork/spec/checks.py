@@ -277,8 +277,6 @@ def _strategy(name: str, role: Role, spec: Spec, report: Report) -> None:
         return
     if role.strategy.target is not None:
         report.add(f"{path}.strategy.target", "only with `type: colocation`; add that, or leave the target out")
-    if not role.autostart and report.sound(f"{path}.autostart"):
-        report.add(f"{path}.autostart", "false is for `type: colocation`; a role with devices of its own is planned")
 
 
 def _shared(name: str, role: Role, spec: Spec, report: Report) -> None:

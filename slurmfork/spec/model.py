@@ -122,7 +122,8 @@ class Role(Section, kw_only=True, frozen=True):
     main: bool = False
     # Devices of its own, or those of another role.
     strategy: Strategy = field(default_factory=Strategy)
-    # false: started by `slurmfork fork` (colocation only).
+    # false: started by `slurmfork fork`. One with devices of its own has them kept for it all the time; a run with such
+    # a role does not end because all workers are done: more may come.
     autostart: bool = True
 
     @property
@@ -142,6 +143,18 @@ class Local(Section, kw_only=True, frozen=True, rename="kebab"):
     # GPUs of each node. Left out: those of this machine.
     gpus_per_node: Count | None = None
     # CPUs of each node, which then limit how many workers it takes. Left out: not limited.
+    cpus_per_node: Positive | None = None
+
+
+class Ray(Section, kw_only=True, frozen=True, rename="kebab"):
+    """What to ask Ray for: one bundle a node, of which no two are on one of Ray's nodes."""
+
+    # The address of a running cluster, host:port, or auto for the one on this machine. Left out: RAY_ADDRESS, or where
+    # that is not set, a cluster that is started on this machine for the run alone.
+    address: str | None = None
+    # GPUs of each node. Left out: as few as will do.
+    gpus_per_node: Count | None = None
+    # CPUs of each node, which then limit how many workers it takes. Left out: what the workers count for, not limited.
     cpus_per_node: Positive | None = None
 
 
@@ -166,8 +179,8 @@ class Spec(Section, kw_only=True, frozen=True):
 
     # Letters, digits, - and _; 40 at most. Begins the run id.
     name: str
-    # local | slurm; the command line can override it.
-    backend: Literal["local", "slurm"] = "slurm"
+    # local | slurm | ray; the command line can override it.
+    backend: Literal["local", "slurm", "ray"] = "slurm"
     # Nodes; left out: as few as the roles need.
     nodes: Positive | None = None
     # Every long option of sbatch by its own name; true for one that takes no value, a list is joined with
@@ -175,6 +188,8 @@ class Spec(Section, kw_only=True, frozen=True):
     slurm: dict[str, Any] = field(default_factory=dict)
     # What a node of the local backend offers.
     local: Local = field(default_factory=Local)
+    # What a node of the Ray backend is.
+    ray: Ray = field(default_factory=Ray)
     # A directory to send along, of which the run gets a copy to work in; relative to the spec.
     code: Code | None = None
     # Shell lines before the agents start, on the first node.

@@ -26,12 +26,15 @@ def node_shape(spec: Spec) -> Shape:
     """The shape of the nodes that a spec asks for; raises ValueError where its options cannot be read.
 
     GPUs come from slurm.gpus-per-node or slurm.gres, CPUs from slurm.cpus-per-task (there is one task a node,
-    the agent) or cpus-per-gpu; for the local backend from the section ``local`` first.
+    the agent) or cpus-per-gpu; for the backends local and ray from their own sections first.
     """
     gpus, cpus = gpus_of(spec.slurm), cpus_of(spec.slurm)
     if spec.backend == "local":
         cpus = spec.local.cpus_per_node  # this machine is not what the partition is
         gpus = gpus if spec.local.gpus_per_node is None else spec.local.gpus_per_node
+    if spec.backend == "ray":
+        cpus = spec.ray.cpus_per_node
+        gpus = gpus if spec.ray.gpus_per_node is None else spec.ray.gpus_per_node
     return Shape(spec.nodes, gpus, cpus)
 
 
