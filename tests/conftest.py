@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -32,11 +33,14 @@ def kept_python(name: str, packages: Sequence[str]) -> str:
     """A Python that has these packages, in an environment of its own that is kept from one session to the next."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slurmfork-tests" / name
     python = cache / "bin" / "python"
-    if not (cache / ".complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(cache)], check=True, timeout=120)
-        install = [str(python), "-m", "pip", "-q", "--disable-pip-version-check", "install", *packages]
-        subprocess.run(install, check=True, timeout=1800)
-        (cache / ".complete").touch()
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with cache.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side, and two may want the same
+        if not (cache / ".complete").exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(cache)], check=True, timeout=120)
+            install = [str(python), "-m", "pip", "-q", "--disable-pip-version-check", "install", *packages]
+            subprocess.run(install, check=True, timeout=1800)
+            (cache / ".complete").touch()
     return str(python)
 
 

@@ -88,6 +88,7 @@ def test_the_main_job(shell: Shell, cluster: MiniCluster) -> None:
     wait_until(lambda: slurm_state(cluster, job_id) == "CANCELLED", "Slurm to call the job cancelled")
 
 
+@pytest.mark.timeout(1200)  # the first installs PyTorch
 def test_pytorch_trains_with_nothing_but_the_contract(shell: Shell, torch_python: str) -> None:
     command = json.dumps([torch_python, str(EXAMPLES / "ddp.py")])
     run_id = shell.submit(EXAMPLES / "ddp.yaml", "--set", f"roles.trainer.command={command}")
