@@ -42,8 +42,13 @@ class NoNodes(Exception):
     """Ray has no such nodes, and why."""
 
 
-class Told(BaseException):
-    """A signal has come."""
+class Signals:
+    """Signals that have come. Noted alone: within Ray's calls nothing can be raised, and none may be made."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: self.told.append(number))
 
 
 # --- on the nodes: Ray brings these there by value, where no package of ours need be ------------------------
@@ -207,15 +212,13 @@ class Nodes:
             made.signal.remote(number)
 
 
-def watch(ray: Any, nodes: Nodes, ends: dict[Any, str]) -> int:
-    """Wait for all guardians; the worst of their exit statuses."""
+def watch(ray: Any, nodes: Nodes, ends: dict[Any, str], signals: Signals) -> int:
+    """Wait for all guardians, and pass signals on to them; the worst of their exit statuses."""
     worst = 0
     while ends:
-        try:
-            done, _ = ray.wait(list(ends), num_returns=1)
-        except Told as told:
-            nodes.pass_on(told.args[0])
-            continue
+        done, _ = ray.wait(list(ends), num_returns=1, timeout=LOOK_S)
+        while signals.told:
+            nodes.pass_on(signals.told.pop(0))
         for one in done:
             node = ends.pop(one)
             try:
@@ -308,19 +311,10 @@ def launch(options: argparse.Namespace) -> int:
         connected(options.address, options.nodes, options.gpus, options.cpus) as ray,
         Nodes(ray, options.nodes, options.gpus, options.cpus) as nodes,
     ):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _tell)  # not before: Ray has its own
-        try:
-            if not nodes.await_bundles(lambda: given_up(rundir)):
-                return 0
-            ends = nodes.start(rundir)
-        except Told as told:
-            return 128 + int(told.args[0])
-        return watch(ray, nodes, ends)
-
-
-def _tell(number: int, frame: object) -> None:
-    raise Told(number)
+        signals = Signals()  # not before: Ray has its own
+        if not nodes.await_bundles(lambda: bool(signals.told) or given_up(rundir)):
+            return 0
+        return watch(ray, nodes, nodes.start(rundir), signals)
 
 
 def run_on(node: str, command: list[str]) -> int:
