@@ -318,7 +318,7 @@ class Supervisor:
         node, kin = self._site.node, process.ancestors(os.getpid())
         job_id = node.environment.get("SLURM_JOB_ID")
         for one in process.walk_tagged(node.run_id, node.name, job_id=job_id):
-            if one.pid not in kin and process.alive(one):
+            if one.pid not in kin and one.pid != self._site.trees.init and process.alive(one):
                 found.setdefault(one)
         return list(found)
 
