@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,8 +133,13 @@ class Rig:
 
     # --- agents
 
-    def launch(self, node: str = "n0", *, devices: str = "", **environment: str) -> subprocess.Popen[bytes]:
-        """Start a guardian, with no more of this process's environment than a batch script would give."""
+    def launch(
+        self, node: str = "n0", *, devices: str = "", under: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a guardian, with no more of this process's environment than a batch script would give.
+
+        ``under``: a command that becomes the one which follows it.
+        """
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         full = {
             **kept,
@@ -148,7 +153,7 @@ class Rig:
         }
         with self.rundir.agent_log(node).open("ab") as log:
             guardian = subprocess.Popen(
-                [sys.executable, "-I", str(AGENT)],
+                [*under, sys.executable, "-I", str(AGENT)],
                 env=full,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -158,7 +163,7 @@ class Rig:
         self.guardians[node] = guardian
         return guardian
 
-    async def agent(self, node: str = "n0", **options: str) -> AgentEnd:
+    async def agent(self, node: str = "n0", **options: Any) -> AgentEnd:
         """Start an agent and wait until it has joined."""
         self.launch(node, **options)
         await self.until(lambda: node in self.agents, f"agent {node} to join")

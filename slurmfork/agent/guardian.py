@@ -66,14 +66,15 @@ def run(agent_main: AgentMain | None = None, *, bound: float = BOUND_S) -> int:
         prctl.signal_at_parents_death(signal.SIGTERM)
         if os.getppid() != parent:  # it ended before we asked to be told
             return 128 + signal.SIGTERM
-        lifeline = os.pipe2(os.O_CLOEXEC)
+        lifeline = os.pipe2(os.O_CLOEXEC) if os.environ.get(names.ISOLATION) in ("namespace", "auto") else None
         agent = os.fork()
     except OSError as error:
         _say(f"cannot start the agent: {error}")
         return 1
     if agent == 0:
         _be_agent(guardian, agent_main or partial(_agent_main, lifeline))
-    os.close(lifeline[0])
+    if lifeline is not None:
+        os.close(lifeline[0])
     status, late = _watch(agent)
     return _conclude(status, grace=0.0 if late else _grace(), bound=bound)
 
@@ -84,19 +85,19 @@ def node_name() -> str:
     return given or os.uname().nodename.partition(".")[0]
 
 
-def _agent_main(lifeline: tuple[int, int], guardian: int) -> int:
-    """Be the real agent. ``lifeline``: a pipe whose second end is the guardian's alone from here on."""
-    os.close(lifeline[1])
+def _agent_main(lifeline: tuple[int, int] | None, guardian: int) -> int:
+    """Be the real agent. ``lifeline``: a pipe whose second end the guardian alone keeps; None: no namespace."""
     namespace: Namespace | None = None
     why = ""
-    if os.environ.get(names.ISOLATION) in ("namespace", "auto"):
+    if lifeline is not None:
+        os.close(lifeline[1])
         from slurmfork.agent.namespace import Unavailable, create  # before all else: there is but one thread yet
 
         try:
             namespace = create(grace=_grace(), guardian=lifeline[0])
         except (Unavailable, OSError) as refusal:
             why = str(refusal)
-    os.close(lifeline[0])
+        os.close(lifeline[0])
     from slurmfork.agent.main import main
 
     return main(guardian, namespace, why)

@@ -20,7 +20,7 @@ import msgspec
 import uvloop
 
 from slurmfork import credentials, logbook, prctl
-from slurmfork.agent import alarms
+from slurmfork.agent import alarms, leftovers
 from slurmfork.agent import node as nodes
 from slurmfork.agent.environment import inherited
 from slurmfork.agent.namespace import Namespace
@@ -41,6 +41,7 @@ from slurmfork.orders import (
     ApiCall,
     EndOrder,
     EndReport,
+    Finding,
     Going,
     Join,
     ReserveOrder,
@@ -78,7 +79,7 @@ class Agent:
         self._site = Site(
             node=node,
             base=inherited(node.environment),
-            trees=Trees(node.run_id, self._loop.time, namespace.init.pid if namespace else None),
+            trees=_trees(node.run_id, self._loop.time, namespace),
             starter=Starter(node.rundir.journal(node.name), namespace),
             ports=Ports(self._scratch.ports),
             scratch=self._scratch,
@@ -101,7 +102,7 @@ class Agent:
             health=self._health,
         )
         self._ops: dict[str, Callable[[msgspec.Raw], Awaitable[Any]]] = {
-            "preflight": lambda body: preflight(node, self._site.starter, lambda: self._uplink.ahead),
+            "preflight": lambda body: preflight(node, self._site.starter, lambda: self._uplink.ahead, self._sweep()),
             "start": lambda body: self._supervisor.start(_read(body, StartOrder)),
             "stop": lambda body: self._supervisor.stop(_read(body, StopOrder)),
             "end": lambda body: self._end_by_order(_read(body, EndOrder)),
@@ -198,6 +199,11 @@ class Agent:
         self._uplink.tell("worker", view)
         self._supervisor.changed(view)
 
+    def _sweep(self) -> Callable[[str], list[Finding]]:
+        """How what other runs left here is looked for: outside, where this process itself is not."""
+        outside = self._namespace.outside if self._namespace else None
+        return outside.sweep if outside else leftovers.sweep
+
     async def _serve(self, op: str, body: msgspec.Raw) -> Any:
         if op not in self._ops:
             raise Refused(f"this agent does not know {op!r}", "unknown")
@@ -270,6 +276,12 @@ class Agent:
     def _finish(self, status: int) -> None:
         if not self._over.done():
             self._over.set_result(status)
+
+
+def _trees(run_id: str, clock: Callable[[], float], namespace: Namespace | None) -> Trees:
+    if namespace is None:
+        return Trees(run_id, clock)
+    return Trees(run_id, clock, namespace.init.pid, namespace.keepers)
 
 
 def _read(body: msgspec.Raw, kind: type[Any]) -> Any:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from slurmfork import prctl
+from slurmfork.agent.outside import Outside
 from slurmfork.process import Identity, identify
 
 NAME = "slurmfork-init"
@@ -36,12 +37,16 @@ class Unavailable(Exception):
 
 
 class Namespace:
-    """A namespace with an init in it, a child of this process."""
+    """A namespace with an init in it, a child of this process.
+
+    ``outside`` is there where this process is in a user namespace of its own now.
+    """
 
     def __init__(self, init: int, lifeline: int) -> None:
         found = identify(init)
         assert found is not None  # nobody has reaped it yet
         self.init: Identity = found
+        self.outside: Outside | None = None
         self._lifeline = lifeline
         self._confined = not _mapped_whole()
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # the outside's; nobody inherits it
@@ -61,8 +66,15 @@ class Namespace:
                 with suppress(OSError):
                     _call("prctl", *map(ctypes.c_ulong, (_PR_CAPBSET_DROP, capability, 0, 0, 0)))
 
+    @property
+    def keepers(self) -> frozenset[int]:
+        """PIDs of the children of this process that are part of the machinery."""
+        return frozenset({self.init.pid} | ({self.outside.pid} if self.outside else set()))
+
     def end(self, patience: float = 2.0) -> bool:
         """End init, and with it all that is inside; whether it was over in time. Reaps every child."""
+        if self.outside is not None:
+            self.outside.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         with suppress(ProcessLookupError):
             os.kill(self.init.pid, signal.SIGKILL)  # a child that was not reaped: this PID is its own
@@ -90,8 +102,11 @@ def create(*, grace: float, guardian: int) -> Namespace:
             if "(EPERM)" not in str(refusal):  # a root that may not, as in many a container
                 raise
     _try_it(grace, guardian)  # what this process becomes by it, it stays
+    outside = Outside(close=[guardian])
     _unshare_user()
-    return _build(grace, guardian)
+    made = _build(grace, guardian)
+    made.outside = outside
+    return made
 
 
 def _try_it(grace: float, guardian: int) -> None:

@@ -55,15 +55,19 @@ def _entry(pid: str) -> Entry | None:
 
 class Trees:
     """The trees of one agent's workers. ``clock`` is the event loop's, ``init`` the PID of their namespace's init.
+    ``keepers``: children of the agent that are nobody's, init among them.
 
     Orphans fall to init where there is one, else to the agent. The workers' own processes are the agent's children.
 
     Looks taken for many workers at the same moment share one census: see ``newer_than``.
     """
 
-    def __init__(self, run_id: str, clock: Callable[[], float], init: int | None = None) -> None:
+    def __init__(
+        self, run_id: str, clock: Callable[[], float], init: int | None = None, keepers: frozenset[int] = frozenset()
+    ) -> None:
         self._run_id = run_id
-        self.init = init
+        self._init = init
+        self.keepers = keepers
         self._clock = clock
         self._leaders: dict[int, str] = {}
         self._sessions: dict[int, str] = {}
@@ -144,16 +148,16 @@ class Trees:
 
     def _orphans_and_leaders(self) -> list[int]:
         found = self._below.get(os.getpid(), [])
-        if self.init is None:
+        if self._init is None:
             return found
-        return [pid for pid in found if pid != self.init] + self._below.get(self.init, [])
+        return [pid for pid in found if pid not in self.keepers] + self._below.get(self._init, [])
 
     def _now_below(self) -> list[int]:
         """As ``_orphans_and_leaders``, at this moment."""
         found = process.children(os.getpid())
-        if self.init is None:
+        if self._init is None:
             return found
-        return [pid for pid in found if pid != self.init] + process.children(self.init)
+        return [pid for pid in found if pid not in self.keepers] + process.children(self._init)
 
     def _roots(self, worker: str) -> list[int]:
         return [pid for pid in self._orphans_and_leaders() if self._owner(pid) == worker]
