@@ -19,7 +19,9 @@ from pathlib import Path
 import agent_rig
 import pytest
 from agent_rig import AWKWARD, PATIENCE, Rig, announced, opened, order, python
+from cluster import Factory
 from processes import kill_at_once, wait_until
+from running import Shell
 
 from slurmfork import journal, killing, process
 from slurmfork.names import ISOLATION, WorkerState
@@ -378,6 +380,112 @@ async def test_the_setting_is_named_where_there_can_be_none(rig: Rig, how: str) 
     await rig.end()
 
 
+def test_a_run_that_wants_one_fails_at_once_where_there_is_none(local: Shell) -> None:
+    under, why = REFUSING["limit"]
+    spec = local.spec("""
+        name: strict
+        isolation: namespace
+        roles: {w: {command: [sleep, "1000"]}}
+    """)
+    submit = [*under, sys.executable, "-m", "slurmfork", "submit", "--json", str(spec), "--backend", "local"]
+    done = subprocess.run(submit, env=local.env, cwd=local.directory, capture_output=True, text=True, check=True)
+    run_id = json.loads(done.stdout)["run_id"]
+    local.runs.append(run_id)
+    waited = local.call("wait", run_id)
+    assert (waited.returncode, why in waited.stdout + waited.stderr) == (1, True)
+    status = local.status(run_id)
+    assert status["state"] == "failed"
+    assert "`isolation: namespace` is not to be had: node local0" in status["reason"]
+    assert local.ps(run_id) == [] or all(view["pid"] is None for view in local.ps(run_id))
+
+
+def test_a_run_that_can_do_without_says_so(local: Shell) -> None:
+    under, why = REFUSING["limit"]
+    spec = local.spec("""
+        name: lenient
+        isolation: auto
+        roles: {w: {command: [sleep, "1000"]}}
+    """)
+    submit = [*under, sys.executable, "-m", "slurmfork", "submit", "--json", str(spec), "--backend", "local"]
+    done = subprocess.run(submit, env=local.env, cwd=local.directory, capture_output=True, text=True, check=True)
+    run_id = json.loads(done.stdout)["run_id"]
+    local.runs.append(run_id)
+    local.call("wait", run_id, "--for", "ready")
+    [node] = local.status(run_id)["nodes"]
+    assert node["guarantee"] == "rings"
+    assert any(why in note for note in node["notes"])
+    events = [json.loads(line) for line in (local.root / run_id / "events.jsonl").read_text().splitlines()]
+    [event] = [event for event in events if event["kind"] == "isolation"]
+    assert (event["node"], event["state"], why in event["message"]) == ("local0", "rings", True)
+
+
+# --- whole runs --------------------------------------------------------------------------------------------
+
+RUN = """
+    name: boxed
+    nodes: 2
+    isolation: {isolation}
+    roles:
+      w:
+        per_node: 1
+        stop: {{grace: 1}}
+        command: {command}
+      child:
+        strategy: {{type: colocation, target: w}}
+        autostart: false
+        command: {command}
+"""
+
+
+def spaces(local: Shell, run_id: str) -> set[str]:
+    return {_link(view["pid"]) for view in local.ps(run_id)}
+
+
+def test_forks_and_cancel_of_a_whole_run(local: Shell, yard: Path) -> None:
+    """Each node has its own; nothing of it is there when the run has been cancelled."""
+    command = json.dumps(brood(yard, 0))
+    run_id = local.ready(local.spec(RUN.format(command=command, isolation="namespace")), "--backend", "local")
+    views = local.json("fork", run_id, "child")["workers"]
+    assert len(views) == 2
+    assert [node["guarantee"] for node in local.status(run_id)["nodes"]] == ["namespace"] * 2
+    both = spaces(local, run_id)
+    assert len(both) == 2
+    assert all(_namespaced(view["pid"])[0] == view["pid"] for view in local.ps(run_id))
+    assert local.json("stop", run_id, "child")["survivors"] == 0
+    assert spaces(local, run_id) - {""} == both
+    assert local.json("cancel", run_id)["survivors"] == 0
+    assert [in_namespace(space) for space in both] == [[], []]
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("strike", ["scancel --full", "slurmstepd and agents"])
+def test_on_slurm_without_cgroups(tmp_path: Path, yard: Path, minicluster: Factory, strike: str) -> None:
+    cluster = minicluster(nodes=2, gpus=2, proctrack="linuxproc")
+    shell = Shell(tmp_path, {"SLURM_CONF": cluster.env["SLURM_CONF"]})
+    try:
+        run_id = shell.ready(shell.spec(RUN.format(command=json.dumps(brood(yard, 0)), isolation="namespace")))
+        job = shell.status(run_id)["job_id"]
+        both = spaces(shell, run_id)
+        assert len(both) == 2
+        if strike == "scancel --full":
+            cluster.run(["scancel", "-s", "KILL", "--full", job])
+        else:
+            nodes = shell.status(run_id)["nodes"]
+            stepds = {_above(node["guardian_pid"], "slurmstepd") for node in nodes}
+            kill_at_once(*stepds, *(pid for node in nodes for pid in (node["guardian_pid"], node["agent_pid"])))
+        wait_until(lambda: not any(in_namespace(space) for space in both), "all of it to be gone")
+    finally:
+        shell.end()
+
+
+def _above(pid: int, name: str) -> int:
+    """The nearest process of this name above another."""
+    stat = process.parse_stat(Path(f"/proc/{pid}/stat").read_bytes())
+    assert stat is not None
+    return stat.parent if process.name(stat.parent).startswith(name) else _above(stat.parent, name)
+
+
 # --- as others ---------------------------------------------------------------------------------------------
 
 
@@ -411,7 +519,7 @@ def test_all_of_this_as(who: str, commons: Path) -> None:
     under = as_nobody(commons) if who == "nobody" else ["setpriv", "--bounding-set", "-sys_admin"]
     options = ["-q", "-x", "-p", "no:cacheprovider", "--basetemp", str(commons / "tests")]
     done = subprocess.run(
-        [*under, sys.executable, "-m", "pytest", *options, __file__, "-k", "not all_of_this_as and not seccomp"],
+        [*under, sys.executable, "-m", "pytest", *options, __file__, "-k", "not all_of_this_as and not slurm"],
         env={**os.environ, "HOME": str(commons), "TMPDIR": str(commons), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
