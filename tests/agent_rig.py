@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 AGENT = Path(__file__).resolve().parent.parent / "slurmfork" / "agent" / "__main__.py"
 AWKWARD = Path(__file__).with_name("awkward.py")
+ISOLATED = os.environ.get("SLURMFORK_TEST_ISOLATION", "none")  # namespace: all tests of the agent, in namespaces
 PATIENCE = 30.0  # generous: the machine may be busy with other things
 
 
@@ -149,6 +150,7 @@ class Rig:
             "SLURMFORK_NODE": node,
             "SLURMFORK_LOCAL_DEVICES": devices,
             "SLURMFORK_GUARDIAN_GRACE": "0.2",
+            "SLURMFORK_ISOLATION": ISOLATED,
             **environment,
         }
         with self.rundir.agent_log(node).open("ab") as log:
@@ -312,5 +314,21 @@ async def announced(rig: Rig, directory: Path, *kinds: str) -> dict[str, Identit
         path = directory / f"{kind}.pid"
         await rig.until(path.exists, f"{kind} to announce itself")
         pid, start_time = path.read_text().split()
-        found[kind] = Identity(int(pid), int(start_time), process.boot_id())
+        found[kind] = _seen_from_here(int(pid), int(start_time))
     return found
+
+
+def _seen_from_here(pid: int, start_time: int) -> Identity:
+    """Who has this PID, in the namespace that it is in."""
+    for one in map(process.identify, process.pids()):
+        if one is not None and one.start_time == start_time and own_pid(one.pid) == pid:
+            return one
+    return Identity(pid, start_time, process.boot_id())
+
+
+def own_pid(pid: int) -> int:
+    """What a process itself takes for its PID; 0 where it is gone."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[-1]) for line in lines if line.startswith("NSpid:"))
+    return 0

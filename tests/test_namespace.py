@@ -6,6 +6,7 @@ Run as whoever runs the tests; as root some are run once more as another user, a
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import shutil
@@ -20,15 +21,17 @@ import agent_rig
 import pytest
 from agent_rig import AWKWARD, PATIENCE, Rig, announced, opened, order, python
 from cluster import Factory
-from processes import kill_at_once, wait_until
+from processes import Yard, kill_at_once, wait_until
 from running import Shell
 
-from slurmfork import journal, killing, process
+from slurmfork import journal, killing, names, process
 from slurmfork.names import ISOLATION, WorkerState
+from slurmfork.orders import Finding
 from slurmfork.process import Identity
-from slurmfork.rundir import RunDir
+from slurmfork.rundir import RunDir, RunRecord
 from slurmfork.spec.model import Ready, Restart, Stop
 
+CLONE_NEWNS = 0x20000
 ROOT = Path(__file__).resolve().parent.parent
 # A daemon that shed all that could give it away: its parents, its session, its environment, every descriptor.
 SHED = """
@@ -55,6 +58,12 @@ def may_make_namespaces() -> bool:
 
 
 pytestmark = pytest.mark.skipif(not may_make_namespaces(), reason="no PID namespaces for this user on this machine")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def apart() -> None:
+    """File systems of our own, where that is allowed: what is left here is then no business of other sessions' runs."""
+    ctypes.CDLL(None).unshare(CLONE_NEWNS)
 
 
 @pytest.fixture
@@ -227,7 +236,7 @@ async def test_a_daemon_belongs_to_its_worker_and_ends_with_it(rig: Rig, yard: P
     command = agent_rig.brood(yard, "scrubbed", leader="ignores-term")
     await rig.start(order("w/0", command, stop=Stop(grace=0.2)), order("w/1", ["sleep", "1000"]))
     inner = await announced(rig, yard, "scrubbed", "leader")
-    daemon, worker = (inside(rig)[inner[name].pid] for name in ("scrubbed", "leader"))
+    daemon, worker = inner["scrubbed"], inner["leader"]
     path = RunDir(rig.rundir.path).journal("n0")
     wait_until(lambda: daemon in [one.identity for one in journal.living(journal.read(path))], "the journal to have it")
     [result] = await rig.stop("w/0", grace=0.2)
@@ -256,6 +265,24 @@ async def test_it_stops_as_gracefully_as_without(rig: Rig, yard: Path) -> None:
     report = await rig.end(budget=PATIENCE)
     assert (report.survivors, (yard / "graceful.bye").exists()) == ([], True)
     assert rig.guardians["n0"].returncode == 0
+
+
+async def test_what_an_ended_run_left_is_found_from_in_there(rig: Rig, tmp_path: Path) -> None:
+    """By its environment, which who is in another user namespace may not read."""
+    (tmp_path / "outside").mkdir()
+    with Yard(tmp_path / "outside") as outside:
+        old = RunDir(tmp_path / "old-run")
+        old.make()
+        (old.path / "end.json").write_text("0\n")
+        record = RunRecord(run_id="old-run", name="old", backend="local", submitted=0.0, cwd="/", user="me")
+        old.write_record(old.record, record)
+        tags = {names.RUN_ID: "old-run", names.RUN_DIR: str(old.path), names.NODE: "n7"}
+        one = outside.start("plain", env=tags)
+        await isolated(rig)
+        findings = await rig.ask("preflight", None, list[Finding])
+        assert "ended 1 process left by run old-run" in [finding.text for finding in findings]
+        assert killing.wait_gone([one], PATIENCE) == []
+    await rig.end()
 
 
 # --- every end ---------------------------------------------------------------------------------------------
