@@ -153,6 +153,7 @@ def _build(grace: float, guardian: int) -> Namespace:
         _step("mount", b"none", b"/", None, ctypes.c_ulong(_REC | _SLAVE), None)
         init = os.fork()
         if init == 0:
+            os.close(lifeline)  # so that it is the agent's alone, once this child has left
             _be_init(go, tell, grace, guardian)
         return str(init)
 
