@@ -156,7 +156,8 @@ class Health(Struct, kw_only=True):
 
 
 class NodeView(Struct, kw_only=True):
-    """One node of a run. ``guarantee``: which containment holds there, ``cgroup`` or ``rings``.
+    """One node of a run. ``guarantee``: which containment holds there, ``namespace``,
+    ``cgroup`` or ``rings``.
 
     ``silent``: its agent does not answer at the moment.
     """

@@ -74,6 +74,7 @@ ATTEMPT = "SLURMFORK_ATTEMPT"
 SSH_CONFIG = "SLURMFORK_SSH_CONFIG"
 MARKS = "SLURMFORK_MARKS"  # DESCRIPTOR:TEXT, for `logs` to tell where it is and to begin again there
 KILL_WAIT = "SLURMFORK_KILL_WAIT"
+ISOLATION = "SLURMFORK_ISOLATION"
 DEVICE_FILES = "SLURMFORK_DEVICE_FILES"
 # What torchrun tells each of its workers, and so do we.
 RANKS = frozenset(

@@ -53,7 +53,10 @@ class Order(Strict, kw_only=True, omit_defaults=True):
 
 
 class Join(Strict, kw_only=True):
-    """The first thing that an agent says: who it is and what its node was granted."""
+    """The first thing that an agent says: who it is and what its node was granted.
+
+    ``no_namespace``: why its node gives none, where the run asks for one.
+    """
 
     node: str
     hostname: str
@@ -63,7 +66,8 @@ class Join(Strict, kw_only=True):
     agent_pid: int
     guardian_pid: int
     boot_id: str
-    guarantee: Literal["cgroup", "rings"]
+    guarantee: Literal["namespace", "cgroup", "rings"]
+    no_namespace: str = ""
     version: str
     notes: list[str] = field(default_factory=list)
 

@@ -47,8 +47,8 @@ class Stat(NamedTuple):
         return self.state in "ZXx" and self.threads <= 1
 
 
-def _read(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _read(path: str, within: int | None = None) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=within)
     try:
         parts = []
         while part := os.read(descriptor, 65536):
@@ -58,9 +58,9 @@ def _read(path: str) -> bytes:
         os.close(descriptor)
 
 
-def _stat(pid: int) -> Stat | None:
+def _stat(pid: int, proc: int | None = None) -> Stat | None:
     try:
-        return parse_stat(_read(f"/proc/{pid}/stat"))
+        return parse_stat(_read(f"/proc/{pid}/stat" if proc is None else f"{pid}/stat", proc))
     except _HIDDEN:
         return None
 
@@ -81,9 +81,12 @@ def boot_id() -> str:
     return _read("/proc/sys/kernel/random/boot_id").decode().strip()
 
 
-def identify(pid: int) -> Identity | None:
-    """Who has this PID now; None where nobody does. A zombie still has its own."""
-    stat = _stat(pid)
+def identify(pid: int, proc: int | None = None) -> Identity | None:
+    """Who has this PID now; None where nobody does. A zombie still has its own.
+
+    ``proc``: a descriptor of the /proc to look in, for a thread whose own shows other processes.
+    """
+    stat = _stat(pid, proc)
     return Identity(pid, stat.start_time, boot_id()) if stat else None
 
 

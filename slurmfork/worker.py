@@ -100,6 +100,11 @@ class CurrentWorker:
         """Its rank among those of its role on this node, from 0."""
         return int(self._environment.get("LOCAL_RANK", "0"))
 
+    @property
+    def host_pid(self) -> int:
+        """The PID of this process as the node sees it, which `ps` shows; in a namespace `os.getpid()` is another."""
+        return self._ask("GET", "/v1/health", None, _Answered).pid
+
     # --- what it can ask
 
     def fork(
@@ -181,6 +186,12 @@ class CurrentWorker:
         if response.status != 200:
             raise _refusal(response.status, answer)
         return msgspec.json.decode(answer, type=kind)
+
+
+class _Answered(msgspec.Struct):
+    """What an agent says of who asks for its health."""
+
+    pid: int
 
 
 class _UnixConnection(http.client.HTTPConnection):

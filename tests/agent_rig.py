@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 AGENT = Path(__file__).resolve().parent.parent / "slurmfork" / "agent" / "__main__.py"
 AWKWARD = Path(__file__).with_name("awkward.py")
+ISOLATED = os.environ.get("SLURMFORK_TEST_ISOLATION", "none")  # namespace: all tests of the agent, in namespaces
 PATIENCE = 30.0  # generous: the machine may be busy with other things
 
 
@@ -133,8 +134,13 @@ class Rig:
 
     # --- agents
 
-    def launch(self, node: str = "n0", *, devices: str = "", **environment: str) -> subprocess.Popen[bytes]:
-        """Start a guardian, with no more of this process's environment than a batch script would give."""
+    def launch(
+        self, node: str = "n0", *, devices: str = "", under: Sequence[str] = (), **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """Start a guardian, with no more of this process's environment than a batch script would give.
+
+        ``under``: a command that becomes the one which follows it.
+        """
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         full = {
             **kept,
@@ -144,11 +150,12 @@ class Rig:
             "SLURMFORK_NODE": node,
             "SLURMFORK_LOCAL_DEVICES": devices,
             "SLURMFORK_GUARDIAN_GRACE": "0.2",
+            "SLURMFORK_ISOLATION": ISOLATED,
             **environment,
         }
         with self.rundir.agent_log(node).open("ab") as log:
             guardian = subprocess.Popen(
-                [sys.executable, "-I", str(AGENT)],
+                [*under, sys.executable, "-I", str(AGENT)],
                 env=full,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -158,7 +165,7 @@ class Rig:
         self.guardians[node] = guardian
         return guardian
 
-    async def agent(self, node: str = "n0", **options: str) -> AgentEnd:
+    async def agent(self, node: str = "n0", **options: Any) -> AgentEnd:
         """Start an agent and wait until it has joined."""
         self.launch(node, **options)
         await self.until(lambda: node in self.agents, f"agent {node} to join")
@@ -307,5 +314,21 @@ async def announced(rig: Rig, directory: Path, *kinds: str) -> dict[str, Identit
         path = directory / f"{kind}.pid"
         await rig.until(path.exists, f"{kind} to announce itself")
         pid, start_time = path.read_text().split()
-        found[kind] = Identity(int(pid), int(start_time), process.boot_id())
+        found[kind] = _seen_from_here(int(pid), int(start_time))
     return found
+
+
+def _seen_from_here(pid: int, start_time: int) -> Identity:
+    """Who has this PID, in the namespace that it is in."""
+    for one in map(process.identify, process.pids()):
+        if one is not None and one.start_time == start_time and own_pid(one.pid) == pid:
+            return one
+    return Identity(pid, start_time, process.boot_id())
+
+
+def own_pid(pid: int) -> int:
+    """What a process itself takes for its PID; 0 where it is gone."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[-1]) for line in lines if line.startswith("NSpid:"))
+    return 0

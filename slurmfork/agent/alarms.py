@@ -6,6 +6,7 @@ Only hears and says so; what follows is the agent's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -34,24 +35,35 @@ def listen(told: Told, *, pass_on: Callable[[int], None], reap: Callable[[], Non
 
 def watch_guardian(guardian_pid: int, told: Told) -> None:
     """Hear of the guardian's death: nobody else would clean up after the agent then."""
-    loop = asyncio.get_running_loop()
 
     def gone() -> None:
         told("the guardian of this node was killed", 1)
+
+    try:
+        _watch(guardian_pid, gone)
+    except ProcessLookupError:
+        return gone()
+    except (OSError, AttributeError):  # a kernel before 5.3
+        prctl.signal_at_parents_death(signal.SIGTERM)
+    if os.getppid() != guardian_pid:  # it died before we began to listen
+        gone()
+    return None
+
+
+def watch_init(init: int, told: Told) -> None:
+    """Hear of the end of the namespace's init: all that was in there went with it, and nothing more can be started."""
+    with contextlib.suppress(OSError, AttributeError):  # a kernel before 5.3: the next start says so
+        _watch(init, lambda: told("the init of this node's PID namespace was killed", 1))
+
+
+def _watch(pid: int, gone: Callable[[], None]) -> None:
+    """Have ``gone`` called when a process has ended; raises OSError."""
+    loop = asyncio.get_running_loop()
 
     def hear(descriptor: int) -> None:
         loop.remove_reader(descriptor)
         os.close(descriptor)
         gone()
 
-    try:
-        descriptor = os.pidfd_open(guardian_pid)
-    except ProcessLookupError:
-        return gone()
-    except (OSError, AttributeError):  # a kernel before 5.3
-        prctl.signal_at_parents_death(signal.SIGTERM)
-    else:
-        loop.add_reader(descriptor, hear, descriptor)
-    if os.getppid() != guardian_pid:  # it died before we began to listen
-        gone()
-    return None
+    descriptor = os.pidfd_open(pid)
+    loop.add_reader(descriptor, hear, descriptor)

@@ -38,6 +38,7 @@ _OURS = frozenset(
         names.TARGET,
         LOCAL_DEVICES,
         names.KILL_WAIT,
+        names.ISOLATION,
         NOTIFY_SOCKET,
         "SLURMFORK_ENGINE",
     }

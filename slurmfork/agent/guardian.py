@@ -13,11 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
 
 from slurmfork import names, prctl
 from slurmfork.killing import end_all
 from slurmfork.process import Identity, ancestors, describe, walk, walk_tagged
+
+if TYPE_CHECKING:
+    from slurmfork.agent.namespace import Namespace
 
 GRACE = "SLURMFORK_GUARDIAN_GRACE"
 DEFAULT_GRACE_S = 2.0
@@ -62,12 +66,15 @@ def run(agent_main: AgentMain | None = None, *, bound: float = BOUND_S) -> int:
         prctl.signal_at_parents_death(signal.SIGTERM)
         if os.getppid() != parent:  # it ended before we asked to be told
             return 128 + signal.SIGTERM
+        lifeline = os.pipe2(os.O_CLOEXEC) if os.environ.get(names.ISOLATION) in ("namespace", "auto") else None
         agent = os.fork()
     except OSError as error:
         _say(f"cannot start the agent: {error}")
         return 1
     if agent == 0:
-        _be_agent(guardian, agent_main or _agent_main)
+        _be_agent(guardian, agent_main or partial(_agent_main, lifeline))
+    if lifeline is not None:
+        os.close(lifeline[0])
     status, late = _watch(agent)
     return _conclude(status, grace=0.0 if late else _grace(), bound=bound)
 
@@ -78,10 +85,22 @@ def node_name() -> str:
     return given or os.uname().nodename.partition(".")[0]
 
 
-def _agent_main(guardian: int) -> int:
+def _agent_main(lifeline: tuple[int, int] | None, guardian: int) -> int:
+    """Be the real agent. ``lifeline``: a pipe whose second end the guardian alone keeps; None: no namespace."""
+    namespace: Namespace | None = None
+    why = ""
+    if lifeline is not None:
+        os.close(lifeline[1])
+        from slurmfork.agent.namespace import Unavailable, create  # before all else: there is but one thread yet
+
+        try:
+            namespace = create(grace=_grace(), guardian=lifeline[0])
+        except (Unavailable, OSError) as refusal:
+            why = str(refusal)
+        os.close(lifeline[0])
     from slurmfork.agent.main import main
 
-    return main(guardian)
+    return main(guardian, namespace, why)
 
 
 def _be_agent(guardian: int, agent_main: AgentMain) -> NoReturn:
@@ -166,6 +185,8 @@ def _conclude(status: int, *, grace: float, bound: float) -> int:
         return 0
     if code < 0:
         _say(f"the agent on {node_name()} was ended by signal {-code}")
+    # From here on the kernel reaps: an init is not gone before all that was in its namespace is reaped too.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         outcome = end_all(_leftovers, grace=grace, bound=bound, clear=_childless)
     except OSError as error:

@@ -20,9 +20,10 @@ import msgspec
 import uvloop
 
 from slurmfork import credentials, logbook, prctl
-from slurmfork.agent import alarms
+from slurmfork.agent import alarms, leftovers
 from slurmfork.agent import node as nodes
 from slurmfork.agent.environment import inherited
+from slurmfork.agent.namespace import Namespace
 from slurmfork.agent.node import Node
 from slurmfork.agent.outfit import Site
 from slurmfork.agent.ports import Ports
@@ -40,6 +41,7 @@ from slurmfork.orders import (
     ApiCall,
     EndOrder,
     EndReport,
+    Finding,
     Going,
     Join,
     ReserveOrder,
@@ -65,8 +67,10 @@ FILES = 65_536
 class Agent:
     """One node's agent. ``run()`` returns its exit status when the node's work is over."""
 
-    def __init__(self, node: Node, guardian_pid: int) -> None:
+    def __init__(self, node: Node, guardian_pid: int, namespace: Namespace | None, no_namespace: str) -> None:
         self._node = node
+        self._namespace = namespace
+        self._no_namespace = no_namespace
         self._guardian_pid = guardian_pid
         self._loop = asyncio.get_running_loop()
         self._scratch = Scratch(node.run_id, node.name)
@@ -75,8 +79,8 @@ class Agent:
         self._site = Site(
             node=node,
             base=inherited(node.environment),
-            trees=Trees(node.run_id, self._loop.time),
-            starter=Starter(node.rundir.journal(node.name)),
+            trees=_trees(node.run_id, self._loop.time, namespace),
+            starter=Starter(node.rundir.journal(node.name), namespace),
             ports=Ports(self._scratch.ports),
             scratch=self._scratch,
             memory=SharedMemory(node.run_id),
@@ -98,7 +102,7 @@ class Agent:
             health=self._health,
         )
         self._ops: dict[str, Callable[[msgspec.Raw], Awaitable[Any]]] = {
-            "preflight": lambda body: preflight(node, self._site.starter, lambda: self._uplink.ahead),
+            "preflight": lambda body: preflight(node, self._site.starter, lambda: self._uplink.ahead, self._sweep()),
             "start": lambda body: self._supervisor.start(_read(body, StartOrder)),
             "stop": lambda body: self._supervisor.stop(_read(body, StopOrder)),
             "end": lambda body: self._end_by_order(_read(body, EndOrder)),
@@ -116,6 +120,8 @@ class Agent:
         """From the first word with the head to the last."""
         alarms.listen(self._told, pass_on=self._supervisor.pass_on, reap=self._supervisor.reap)
         alarms.watch_guardian(self._guardian_pid, self._told)
+        if self._namespace is not None:
+            alarms.watch_init(self._namespace.init.pid, self._told)
         note = f"agent {__version__} of node {self._node.name} begins, pid {os.getpid()}"
         self._site.starter.note(Note(text=note))
         self._server.open()
@@ -183,7 +189,8 @@ class Agent:
             agent_pid=os.getpid(),
             guardian_pid=self._guardian_pid,
             boot_id=boot_id(),
-            guarantee=self._node.guarantee,
+            guarantee="namespace" if self._namespace else self._node.guarantee,
+            no_namespace=self._no_namespace,
             version=__version__,
             notes=list(self._node.notes),
         )
@@ -191,6 +198,11 @@ class Agent:
     def _changed(self, view: WorkerView) -> None:
         self._uplink.tell("worker", view)
         self._supervisor.changed(view)
+
+    def _sweep(self) -> Callable[[str], list[Finding]]:
+        """How what other runs left here is looked for: outside, where this process itself is not."""
+        outside = self._namespace.outside if self._namespace else None
+        return outside.sweep if outside else leftovers.sweep
 
     async def _serve(self, op: str, body: msgspec.Raw) -> Any:
         if op not in self._ops:
@@ -266,6 +278,12 @@ class Agent:
             self._over.set_result(status)
 
 
+def _trees(run_id: str, clock: Callable[[], float], namespace: Namespace | None) -> Trees:
+    if namespace is None:
+        return Trees(run_id, clock)
+    return Trees(run_id, clock, namespace.init.pid, namespace.keepers)
+
+
 def _read(body: msgspec.Raw, kind: type[Any]) -> Any:
     return msgspec.json.decode(body, type=kind)
 
@@ -295,8 +313,11 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def main(guardian_pid: int) -> int:
-    """Be the agent; returns the exit status. If it dies instead, the guardian does the rest."""
+def main(guardian_pid: int, namespace: Namespace | None = None, no_namespace: str = "") -> int:
+    """Be the agent; returns the exit status. If it dies instead, the guardian does the rest.
+
+    ``no_namespace``: why there is no namespace, where one was asked for.
+    """
     writing = logbook.begin()
     loop = uvloop.new_event_loop()  # its TLS takes a third of the time of asyncio's own
     try:
@@ -304,14 +325,16 @@ def main(guardian_pid: int) -> int:
         _raise_file_limit()
         node = nodes.here(os.environ)
         log.info("agent of node %s, run %s, pid %d", node.name, node.run_id, os.getpid())
-        return loop.run_until_complete(_run(node, guardian_pid))
+        return loop.run_until_complete(_run(node, guardian_pid, namespace, no_namespace))
     except (SlurmforkError, OSError) as error:
         log.error("%s", error)
         return 1
     finally:
         loop.close()
         logbook.end(writing)
+        if namespace is not None:
+            namespace.end()
 
 
-async def _run(node: Node, guardian_pid: int) -> int:
-    return await Agent(node, guardian_pid).run()
+async def _run(node: Node, guardian_pid: int, namespace: Namespace | None, no_namespace: str) -> int:
+    return await Agent(node, guardian_pid, namespace, no_namespace).run()

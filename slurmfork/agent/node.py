@@ -40,7 +40,7 @@ class Node:
     environment: Mapping[str, str]
     cpus: int = 1
     amd: bool = False
-    guarantee: Literal["cgroup", "rings"] = "rings"
+    guarantee: Literal["namespace", "cgroup", "rings"] = "rings"
     kill_wait: float = guardian.DEFAULT_KILL_WAIT_S
     notes: tuple[str, ...] = ()
 

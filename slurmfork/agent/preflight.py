@@ -26,12 +26,20 @@ MEMORY = 16 << 20
 NOTICED_S, SERIOUS_S = 5.0, 300.0  # beyond these, logs mislead, and certificates are not valid yet
 
 
-async def preflight(node: Node, starter: Starter, ahead: Callable[[], float]) -> list[Finding]:
-    """All that is found. ``ahead``: seconds by which this clock is ahead of the head's, known once it has answered."""
+async def preflight(
+    node: Node,
+    starter: Starter,
+    ahead: Callable[[], float],
+    sweep: Callable[[str], list[Finding]] = leftovers.sweep,
+) -> list[Finding]:
+    """All that is found. ``ahead``: seconds by which this clock is ahead of the head's, known once it has answered.
+
+    ``sweep`` ends what other runs left here, and tells.
+    """
     loop = asyncio.get_running_loop()
 
     async def processes() -> list[Finding]:
-        sweeping = loop.run_in_executor(None, leftovers.sweep, node.run_id)
+        sweeping = loop.run_in_executor(None, sweep, node.run_id)
         found = await _bounded("leftovers", sweeping, SWEEP_LIMIT_S)
         return found + await _bounded("devices", holders.look(node, starter), DEVICES_LIMIT_S)
 

@@ -100,18 +100,19 @@ class Server:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.method == "GET" and request.path == "/v1/health":
-            return response(Answer(200, msgspec.json.encode(self._health()), {"Content-Type": JSON}))
+            body = {**self._health(), "pid": self._peer_pid(request)}
+            return response(Answer(200, msgspec.json.encode(body), {"Content-Type": JSON}))
         worker = self._caller(request)
         asked = f"{worker or 'a process'}: {request.method} {request.path_qs}"
         try:
-            body = (await read_body(request)).decode()
+            text = (await read_body(request)).decode()
         except UnicodeDecodeError as error:
             return response(refusal(error, asked))
         except Refused as error:
             answer = response(refusal(error, asked))
             answer.force_close()  # the rest of it may still come
             return answer
-        call = ApiCall(method=request.method, path=request.path_qs, body=body, worker=worker)
+        call = ApiCall(method=request.method, path=request.path_qs, body=text, worker=worker)
         return response(await self._pass_on(call, asked))
 
     async def _pass_on(self, call: ApiCall, asked: str) -> Answer:
@@ -124,8 +125,14 @@ class Server:
         return Answer(answer.status, answer.body.encode(), answer.headers)
 
     def _caller(self, request: web.BaseRequest) -> str | None:
+        pid = self._peer_pid(request)
+        return self._worker_of(pid) if pid is not None else None
+
+    @staticmethod
+    def _peer_pid(request: web.BaseRequest) -> int | None:
+        """Who asks, by the PID that the agent sees, which is not the asker's own where it is in a namespace."""
         connection = request.transport and request.transport.get_extra_info("socket")
-        return self._worker_of(_peer(connection)[0]) if connection else None
+        return _peer(connection)[0] if connection else None
 
     async def close(self) -> None:
         """Close the door; calls that are under way are given up."""

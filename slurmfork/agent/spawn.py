@@ -32,10 +32,12 @@ def open_log(path: Path) -> int:
         raise StartFailed(f"cannot open the log {path}: {error.strerror}") from None
 
 
-def spawn(argv: Sequence[str], *, cwd: str, environment: Mapping[str, str], log: int) -> Identity:
+def spawn(
+    argv: Sequence[str], *, cwd: str, environment: Mapping[str, str], log: int, proc: int | None = None
+) -> Identity:
     """Start ``argv`` in a session of its own, its output in ``log``; raises StartFailed.
 
-    The process is the caller's to reap, by its PID.
+    The process is the caller's to reap, by its PID. ``proc``: where a thread that is in a namespace sees who it is.
     """
     try:
         started = subprocess.Popen(
@@ -51,7 +53,7 @@ def spawn(argv: Sequence[str], *, cwd: str, environment: Mapping[str, str], log:
         status = 127 if isinstance(error, FileNotFoundError) else 126  # as shells have it
         raise StartFailed(_reason(error, argv[0], cwd, environment), status) from None
     started.returncode = 0  # the agent reaps its children itself: this object is not to wait for anything
-    identity = identify(started.pid)
+    identity = identify(started.pid, proc)
     assert identity is not None  # nobody has reaped it yet
     return identity
 

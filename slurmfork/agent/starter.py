@@ -18,6 +18,7 @@ from pathlib import Path
 
 from slurmfork import journal
 from slurmfork.agent.command import arguments
+from slurmfork.agent.namespace import Namespace
 from slurmfork.agent.spawn import StartFailed, open_log, spawn
 from slurmfork.errors import RunDirError
 from slurmfork.journal import Journal, Record
@@ -52,10 +53,16 @@ class Launch:
 
 
 class Starter:
-    """Starts processes and keeps the node's journal. Raises OSError where that cannot be opened."""
+    """Starts processes and keeps the node's journal. Raises OSError where that cannot be opened.
 
-    def __init__(self, path: Path) -> None:
+    All that it starts is born in the ``namespace``. Raises OSError too where that cannot be entered.
+    """
+
+    def __init__(self, path: Path, namespace: Namespace | None = None) -> None:
         self._journal = Journal(path)
+        self._namespace = namespace
+        self._proc = namespace.proc if namespace else None
+        self._entered: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._under_way = 0
@@ -63,6 +70,8 @@ class Starter:
         # A daemon: a disk that never answers must not keep the agent from ending.
         self._thread = threading.Thread(target=self._work, name="starter", daemon=True)
         self._thread.start()
+        if (error := self._entered.get()) is not None:
+            raise error
 
     @property
     def busy(self) -> bool:
@@ -75,7 +84,7 @@ class Starter:
 
         After a failure nothing further is started, and who was started already is the caller's to stop.
         """
-        return self._do(lambda: _carry_out(launches, self._journal), over)
+        return self._do(lambda: _carry_out(launches, self._journal, self._proc), over)
 
     async def helper(self, argv: Sequence[str], environment: Mapping[str, str]) -> tuple[Identity, int]:
         """Start a program for the agent's own use: who it is, and a descriptor of what it writes; raises StartFailed.
@@ -87,7 +96,7 @@ class Starter:
         def work() -> None:
             output = os.memfd_create("output")
             try:
-                started.append((spawn(argv, cwd="/", environment=environment, log=output), output))
+                started.append((spawn(argv, cwd="/", environment=environment, log=output, proc=self._proc), output))
             except StartFailed as failure:
                 os.close(output)
                 started.append(failure)
@@ -138,6 +147,13 @@ class Starter:
             await asyncio.wait_for(self._finished.wait(), timeout)
 
     def _work(self) -> None:
+        try:
+            if self._namespace is not None:
+                self._namespace.enter()
+        except OSError as error:
+            self._entered.put(error)
+            return
+        self._entered.put(None)
         while (work := self._queue.get()) is not None:
             try:
                 work()
@@ -148,7 +164,7 @@ class Starter:
             self._loop.call_soon_threadsafe(self._finished.set)
 
 
-def _carry_out(launches: Sequence[Launch], into: Journal) -> None:
+def _carry_out(launches: Sequence[Launch], into: Journal, proc: int | None) -> None:
     """Lay out, journal the intents, start, journal the starts; each step for all before the next."""
     logs: list[int] = []
     try:
@@ -161,7 +177,7 @@ def _carry_out(launches: Sequence[Launch], into: Journal) -> None:
         for launch, descriptor in zip(launches, logs, strict=True):
             if any(launch.failure for launch in launches):
                 break
-            _try(launch, lambda launch, log=descriptor: _spawn(launch, log))  # type: ignore[misc]
+            _try(launch, lambda launch, log=descriptor: _spawn(launch, log, proc))  # type: ignore[misc]
         started = [_started(launch) for launch in launches if launch.leader]
         if started:
             _write(into, started, launches, sync=True)
@@ -195,10 +211,10 @@ def _lay_out(launch: Launch) -> int:
     return descriptor
 
 
-def _spawn(launch: Launch, descriptor: int) -> None:
+def _spawn(launch: Launch, descriptor: int, proc: int | None) -> None:
     if launch.called_off:
         raise StartFailed("stopped before it was started")
-    launch.leader = spawn(launch.argv, cwd=launch.cwd, environment=launch.environment, log=descriptor)
+    launch.leader = spawn(launch.argv, cwd=launch.cwd, environment=launch.environment, log=descriptor, proc=proc)
 
 
 def _write(into: Journal, records: Sequence[Record], launches: Sequence[Launch], *, sync: bool) -> None:

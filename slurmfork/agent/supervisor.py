@@ -315,7 +315,7 @@ class Supervisor:
     def _anything(self, newer_than: float) -> list[Identity]:
         self.reap()
         found = dict.fromkeys(self._site.trees.everything(newer_than))
-        node, kin = self._site.node, process.ancestors(os.getpid())
+        node, kin = self._site.node, process.ancestors(os.getpid()) | self._site.trees.keepers
         job_id = node.environment.get("SLURM_JOB_ID")
         for one in process.walk_tagged(node.run_id, node.name, job_id=job_id):
             if one.pid not in kin and process.alive(one):

@@ -54,13 +54,20 @@ def _entry(pid: str) -> Entry | None:
 
 
 class Trees:
-    """The trees of one agent's workers. ``clock`` is the event loop's.
+    """The trees of one agent's workers. ``clock`` is the event loop's, ``init`` the PID of their namespace's init.
+    ``keepers``: children of the agent that are nobody's, init among them.
+
+    Orphans fall to init where there is one, else to the agent. The workers' own processes are the agent's children.
 
     Looks taken for many workers at the same moment share one census: see ``newer_than``.
     """
 
-    def __init__(self, run_id: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, run_id: str, clock: Callable[[], float], init: int | None = None, keepers: frozenset[int] = frozenset()
+    ) -> None:
         self._run_id = run_id
+        self._init = init
+        self.keepers = keepers
         self._clock = clock
         self._leaders: dict[int, str] = {}
         self._sessions: dict[int, str] = {}
@@ -128,7 +135,7 @@ class Trees:
         """A quick no: the worker's own process is gone, and no orphan has come to the agent."""
         if worker in self._leaders.values():
             return True
-        return any(pid not in self._leaders for pid in process.children(os.getpid()))
+        return any(pid not in self._leaders for pid in self._now_below())
 
     def _see(self, newer_than: float) -> None:
         """Have a census that was begun after ``newer_than``."""
@@ -140,7 +147,17 @@ class Trees:
             self._below.setdefault(entry.parent, []).append(pid)
 
     def _orphans_and_leaders(self) -> list[int]:
-        return self._below.get(os.getpid(), [])
+        found = self._below.get(os.getpid(), [])
+        if self._init is None:
+            return found
+        return [pid for pid in found if pid not in self.keepers] + self._below.get(self._init, [])
+
+    def _now_below(self) -> list[int]:
+        """As ``_orphans_and_leaders``, at this moment."""
+        found = process.children(os.getpid())
+        if self._init is None:
+            return found
+        return [pid for pid in found if pid not in self.keepers] + process.children(self._init)
 
     def _roots(self, worker: str) -> list[int]:
         return [pid for pid in self._orphans_and_leaders() if self._owner(pid) == worker]
@@ -159,13 +176,13 @@ class Trees:
         return found
 
     def _newborn(self, worker: str | None) -> list[Identity]:
-        """Children of the agent that are younger than the census, and the worker's (None: anybody's).
+        """Orphans and leaders that are younger than the census, and the worker's (None: anybody's).
 
         The list of /proc is not of one moment: who forks and leaves all the time is never in it. One that is gone
         again when it is looked at is listed too: who it was is not known, so this look has not found nothing.
         """
         found = []
-        for pid in process.children(os.getpid()):
+        for pid in self._now_below():
             if pid in self._census or pid in self._leaders or (one := process.identify(pid)) is None:
                 continue
             owner = self._by_session(pid) or self._by_tag(pid) or self._by_log(pid)
@@ -178,7 +195,7 @@ class Trees:
         return entry is not None and entry.start_time == start_time
 
     def _owner(self, pid: int) -> str | None:
-        """The worker of a direct child of the agent."""
+        """The worker of an orphan or a leader."""
         entry = self._census[pid]
         if worker := self._leaders.get(pid) or self._owners.get((pid, entry.start_time)):
             return worker

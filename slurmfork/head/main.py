@@ -20,7 +20,7 @@ import uvloop
 
 from slurmfork import credentials, logbook, names, prctl
 from slurmfork.errors import PlanError, Refused, RunDirError, SlurmforkError
-from slurmfork.head import addresses, scheduler
+from slurmfork.head import addresses, isolation, scheduler
 from slurmfork.head.absentees import BatchLog
 from slurmfork.head.api import Api
 from slurmfork.head.ending import Ending, Verdict
@@ -148,6 +148,7 @@ class Head:
         environment[names.HEAD] = addresses.head_variable(self._addresses, link_socket)
         environment[names.RUN_ID] = self._rundir.run_id
         environment[names.RUN_DIR] = str(self._rundir.path)
+        environment[names.ISOLATION] = self._spec.isolation
         try:
             self._launcher.start(environment)
         except OSError as error:
@@ -177,6 +178,7 @@ class Head:
         try:
             if not await self._all_joined():
                 return
+            isolation.check(self._members, self._table, required=self._spec.isolation == "namespace")
             nodes = [Node(member.node, len(member.join.devices), member.join.cpus) for member in self._members.sorted()]
             placements = plan(self._spec, self._nodes(nodes))
             self._planned = [p.worker for p in placements if self._spec.roles[p.role].autostart]

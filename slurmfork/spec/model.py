@@ -198,8 +198,9 @@ class Spec(Section, kw_only=True, frozen=True):
     env: dict[str, str] = field(default_factory=dict)
     # Names of variables whose values come from the submitter's environment, by a file that only you can read.
     secrets: list[str] = field(default_factory=list)
-    # Which containment a node gives: auto, the strongest that it has; none, no namespaces (not offered yet).
-    isolation: Literal["auto", "none"] = "auto"
+    # Whether all that runs on a node is in one PID namespace, which the kernel ends as a whole. namespace: the run
+    # fails at once where a node cannot; auto: such a node does without, and says so; none: no node has one.
+    isolation: Literal["namespace", "auto", "none"] = "none"
     # true: a job that was preempted, whose node failed, or that came to its time limit is put into the queue again,
     # and comes back as the same run.
     requeue: bool = False
