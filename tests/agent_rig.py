@@ -252,6 +252,14 @@ class Rig:
     def _alive(self) -> list[Identity]:
         return [one for one in process.tagged(self.run_id) if process.alive(one)]
 
+    def below(self, node: str = "n0") -> list[int]:
+        """The PIDs of an agent's workers and orphans; in a namespace those have fallen to init."""
+        found = process.children(self.agents[node].join.agent_pid)
+        inits = [pid for pid in found if process.name(pid) == KEEPERS[0]]
+        return [pid for pid in found if process.name(pid) not in KEEPERS] + [
+            orphan for pid in inits for orphan in process.children(pid)
+        ]
+
     def local(self, node: str = "n0") -> Path:
         """The agent's directory on the node."""
         return node_directory(self.run_id, node)
