@@ -33,6 +33,7 @@ T = TypeVar("T")
 AGENT = Path(__file__).resolve().parent.parent / "slurmfork" / "agent" / "__main__.py"
 AWKWARD = Path(__file__).with_name("awkward.py")
 ISOLATED = os.environ.get("SLURMFORK_TEST_ISOLATION", "none")  # namespace: all tests of the agent, in namespaces
+KEEPERS = ("slurmfork-init", "slurmfork-look")
 PATIENCE = 30.0  # generous: the machine may be busy with other things
 
 
@@ -245,8 +246,19 @@ class Rig:
         return self.log(worker).splitlines()
 
     def left(self) -> list[str]:
-        """What runs of this run, its guardians and agents too."""
-        return [process.describe(one) for one in process.tagged(self.run_id) if process.alive(one)]
+        """What runs of this run, its guardians and agents too; of namespaces not what keeps them."""
+        return [process.describe(one) for one in self._alive() if process.name(one.pid) not in KEEPERS]
+
+    def _alive(self) -> list[Identity]:
+        return [one for one in process.tagged(self.run_id) if process.alive(one)]
+
+    def below(self, node: str = "n0") -> list[int]:
+        """The PIDs of an agent's workers and orphans; in a namespace those have fallen to init."""
+        found = process.children(self.agents[node].join.agent_pid)
+        inits = [pid for pid in found if process.name(pid) == KEEPERS[0]]
+        return [pid for pid in found if process.name(pid) not in KEEPERS] + [
+            orphan for pid in inits for orphan in process.children(pid)
+        ]
 
     def local(self, node: str = "n0") -> Path:
         """The agent's directory on the node."""
@@ -263,7 +275,7 @@ class Rig:
         if self._server:
             self._server.close()
         self.hang_up()
-        leaked = self.left()
+        leaked = [process.describe(one) for one in self._alive()]
         for one in process.tagged(self.run_id):
             process.send(one, signal.SIGKILL)
         for guardian in self.guardians.values():

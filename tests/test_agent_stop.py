@@ -68,7 +68,7 @@ async def test_all_of_an_awkward_tree_is_gone_and_the_clean_exit_is_known(rig: R
     assert (result.exit_status, result.killed, result.survivors) == (143, True, [])
     view = await rig.state("a/0", WorkerState.STOPPED)
     assert view.reason == "stopped (killed: it outlived its grace)"
-    assert process.children(rig.agents["n0"].join.agent_pid) == []
+    assert rig.below() == []
 
 
 @pytest.mark.parametrize("kind", ["forks", "hops", "breeds"])
@@ -78,7 +78,7 @@ async def test_nothing_escapes_by_forking(rig: Rig, yard: Path, kind: str) -> No
     await announced(rig, yard, kind, "leader")
     [result] = await rig.stop("a/0")
     assert result.survivors == []
-    await rig.until(lambda: process.children(rig.agents["n0"].join.agent_pid) == [], "all to be gone")
+    await rig.until(lambda: rig.below() == [], "all to be gone")
 
 
 async def test_a_stop_leaves_the_neighbours_alone(rig: Rig, tmp_path: Path) -> None:
@@ -251,8 +251,7 @@ async def test_a_busy_agent_reaps_every_orphan(rig: Rig) -> None:
     )
     [view] = await rig.start(order("a/0", command))
     await rig.printed("a/0")
-    agent = rig.agents["n0"].join.agent_pid
-    await rig.until(lambda: process.children(agent) == [view.pid], "the orphans to be reaped")
+    await rig.until(lambda: rig.below() == [view.pid], "the orphans to be reaped")
 
 
 @contextlib.contextmanager

@@ -159,8 +159,7 @@ async def test_one_that_cannot_start_takes_the_whole_order_back(
     assert reason in views["bad/0"].reason
     assert views["good/0"].state is views["good/1"].state is WorkerState.STOPPED
     assert await rig.ask("views", None, list[WorkerView]) == []
-    agent = rig.agents["n0"].join.agent_pid
-    await rig.until(lambda: process.children(agent) == [], "the others to be stopped")
+    await rig.until(lambda: rig.below() == [], "the others to be stopped")
     assert (await rig.start(order("good/0", SLEEP)))[0].state is WorkerState.RUNNING
 
 
