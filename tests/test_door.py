@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from processes import PATIENCE, wait_until
 from running import Shell
 
 from slurmfork.errors import ConnectionLost, TransportError
-from slurmfork.remote.frames import MAGIC, Hello, Kind, Request, Unpacker, pack
+from slurmfork.remote.frames import MAGIC, Frame, Hello, Kind, Request, Unpacker, pack
 from slurmfork.remote.local import LocalTransport, ProcessChannel
 from slurmfork.remote.visit import Ear, NotThere, Show, Visit
 
@@ -116,7 +117,8 @@ class Visitor:
 
     def submit(self, local: Shell, spec: Path, **more: object) -> str:
         """Submit through the door; the run's id."""
-        assert self("submit", "--json", "spec.yaml", once=True, files={"spec.yaml": spec.read_bytes()}, paths=[2]) == 0
+        files = {"spec.yaml": spec.read_bytes()}
+        assert self("submit", "--json", "spec.yaml", once=True, files=files, paths=[2], **more) == 0, self.err
         run_id: str = json.loads(self.out)["run_id"]
         local.runs.append(run_id)
         return run_id
@@ -235,6 +237,71 @@ def test_what_was_killed_over_there_is_told(local: Shell, visitor: Visitor, spec
     os.kill(int((place(visitor, spools(visitor)[0]) / "pid").read_text()), signal.SIGKILL)
     running.join(PATIENCE)
     assert status == [137]
+    assert visitor.err == b"slurmfork: `wait` was killed over there: it is not known how much of it was done\n"
+
+
+def test_a_look_that_was_killed_is_told(local: Shell, visitor: Visitor, spec: Path) -> None:
+    run_id = local.ready(spec, "--backend", "local")
+    channel = visitor.way.start([sys.executable, "-I", "-m", "slurmfork.remote.door"])
+    channel.send(
+        pack(Kind.REQUEST, msgspec.msgpack.encode(Request(request_id=uuid.uuid4().hex, args=["wait", run_id])))
+    )
+    door = channel._process.pid
+    children = Path(f"/proc/{door}/task/{door}/children")
+    wait_until(lambda: children.read_text().split(), "the errand")
+    os.kill(int(children.read_text()), signal.SIGKILL)
+    unpacker = Unpacker(greeted=True)
+    told: list[Frame] = []
+    while not told or told[-1].kind is not Kind.EXIT:
+        told += unpacker.feed(channel.receive(PATIENCE)[0])
+    assert [frame.data for frame in told if frame.kind is Kind.ERRORS] == [
+        b"slurmfork: `wait` was ended over there by signal 9\n"
+    ]
+    channel.close()
+
+
+def test_an_errand_whose_door_died_before_it_began_is_begun(local: Shell, visitor: Visitor, spec: Path) -> None:
+    request_id = uuid.uuid4().hex
+    before = place(visitor, request_id)
+    (before / "files").mkdir(parents=True, mode=0o700)
+    (before / "host").write_text(socket.gethostname())
+    (before / "files" / "spec.yaml").write_text("cut o")
+    for directory in (before.parent, before.parent.parent):
+        directory.chmod(0o700)
+    visitor.submit(local, spec, request_id=request_id)
+
+
+def test_a_client_that_is_lost_takes_nothing_from_another(local: Shell, visitor: Visitor, spec: Path) -> None:
+    request = Request(
+        request_id=uuid.uuid4().hex,
+        args=["run", "-b", "local", "spec.yaml"],
+        once=True,
+        files={"spec.yaml": spec.read_bytes()},
+        paths=[3],
+    )
+    first, second = (visitor.way.start([sys.executable, "-I", "-m", "slurmfork.remote.door"]) for _ in range(2))
+    for channel in (first, second):  # as where the first one's end is not heard of over there before the second comes
+        channel.send(pack(Kind.REQUEST, msgspec.msgpack.encode(request)))
+        unpacker, heard = Unpacker(greeted=True), b""
+        while b"0-5\n" not in heard:
+            heard += b"".join(frame.data for frame in unpacker.feed(channel.receive(PATIENCE)[0]))
+    local.runs += [run["run_id"] for run in local.json("status")["runs"]]
+    first.end_input()
+    assert first._process.wait(PATIENCE) == 0
+    second.send(pack(Kind.SIGNAL, b"2"))
+    while second.receive(PATIENCE) != (b"", b""):
+        second.end_input()
+    second.close()
+
+
+def test_a_home_that_cannot_be_written_to(visitor: Visitor) -> None:
+    (visitor.way.home / ".slurmfork").write_text("")
+    assert visitor("status") == 0
+    assert visitor("cancel", "nobody", once=True) == 1
+    (line,) = visitor.err.decode().splitlines()
+    assert line.startswith("slurmfork: `cancel` cannot begin on ")
+    assert str(visitor.way.home) in line
+    assert (visitor.way.opened, visitor.said) == (2, [])
 
 
 def place(visitor: Visitor, name: str) -> Path:

@@ -70,8 +70,12 @@ class Door:
             try:
                 status = self._once(request) if request.once else self._look(request)
             except SlurmforkError as error:
-                self._tell(Kind.ERRORS, f"slurmfork: {error}\n".encode())
+                self._say(str(error))
                 status = error.exit_code
+            except OSError as error:
+                where = f" ({error.filename})" if error.filename else ""
+                self._say(f"`{request.args[0]}` cannot begin on {socket.gethostname()}: {error.strerror}{where}")
+                status = 1
             self._tell(Kind.EXIT, msgspec.json.encode(Exit(status=status)))
             if request.once:
                 self._settle(request)
@@ -97,7 +101,7 @@ class Door:
             self._reception.take(frame)
         except SlurmforkError as error:
             self._closed = True
-            self._tell(Kind.ERRORS, f"slurmfork: {error}\n".encode())
+            self._say(str(error))
             self._tell(Kind.EXIT, msgspec.json.encode(Exit(status=error.exit_code)))
 
     def _settle(self, request: Request) -> None:
@@ -106,29 +110,34 @@ class Door:
         while not self._thanked:
             for frame in self._read():
                 self._note(frame.kind, frame.data)
-        Spool(request.request_id).remove()
+        with contextlib.suppress(OSError, SlurmforkError):
+            Spool(request.request_id).remove()
 
     # --- verbs that look: they end with the connection
 
     def _look(self, request: Request) -> int:
-        directory = tempfile.TemporaryDirectory(prefix=spool.LOOK, dir=spool.home())
-        (out, out_w), (err, err_w), (marks, marks_w) = os.pipe(), os.pipe(), os.pipe()
-        pid = 0
-        try:
-            spool.lay_down(Path(directory.name), request.files)
+        with contextlib.ExitStack() as stack:
+            place = Path("/")
+            if request.files:  # without, a home that is full or cannot be written to does no harm
+                place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=spool.LOOK, dir=spool.home())))
+                spool.lay_down(place, request.files)
+            (out, out_w), (err, err_w), (marks, marks_w) = os.pipe(), os.pipe(), os.pipe()
+            for descriptor in (out, err, marks):
+                stack.callback(os.close, descriptor)
             own = errand.Ends(out_w, err_w, marks_w, others=(out, err, marks))
-            pid = errand.fork(request, Path(directory.name), own)
+            pid = errand.fork(request, place, own)
             for descriptor in (out_w, err_w, marks_w):
                 os.close(descriptor)
-            self._relay(pid, out, err, marks)
-            return _exit_status(os.waitpid(pid, 0)[1])
-        except Gone:
-            _end(pid)
-            raise
-        finally:
-            directory.cleanup()
-            for descriptor in (out, err, marks):
-                os.close(descriptor)
+            try:
+                self._relay(pid, out, err, marks)
+            except Gone:
+                _end(pid)
+                raise
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code < 0:
+            self._say(f"`{request.args[0]}` was ended over there by signal {-code}")
+            return 128 - code
+        return code
 
     def _relay(self, pid: int, out: int, err: int, marks: int) -> None:
         """Pass on what the errand says until all of its pipes are at their end."""
@@ -149,33 +158,29 @@ class Door:
         place = Spool(request.request_id)
         if place.begin():
             self._begin(request, place)
-        watch = place.lock("watch")  # says to a door whose client was lost that another one has come
         try:
-            return self._follow(request, place)
+            with place.watched():  # says to a door whose client was lost that another one has come
+                status = self._follow(request, place)
         except Gone:
-            if request.args[0] in ATTENDED and watch is not None:
-                os.close(watch)
-                watch = None
+            if request.args[0] in ATTENDED:
                 _attend(place)
             raise
-        finally:
-            if watch is not None:
-                os.close(watch)
+        if place.was_killed():
+            self._say(f"`{request.args[0]}` was killed over there: it is not known how much of it was done")
+        return status
 
     def _begin(self, request: Request, place: Spool) -> None:
-        lock = place.lock()
         try:
             directory = place.lay_down(request.files)
             out, err = place.open("out"), place.open("err")
-            place.note_pid(errand.fork(request, directory, errand.Ends(out, err), last=place.finish))
+            errand.fork(request, directory, errand.Ends(out, err), first=place.note_pid, last=place.finish)
             os.close(out)
             os.close(err)
         except BaseException:
             place.remove()
             raise
         finally:
-            if lock is not None:
-                os.close(lock)  # the errand has a copy
+            place.let_go()
 
     def _follow(self, request: Request, place: Spool) -> int:
         at = dict(zip(("out", "err"), request.seen, strict=True))
@@ -190,13 +195,15 @@ class Door:
                 _reap()
                 return status
             if select.select([0], [], [], POLL_S)[0]:
-                self._hear(place.pid())
-            for number in self._take_signals():
-                _signal(place.pid(), number)
+                for frame in self._read():
+                    self._note(frame.kind, frame.data)
+            if self._signals and (pid := place.pid()) is not None:
+                for number in self._take_signals():
+                    _signal(pid, number)
 
     # --- the stream
 
-    def _hear(self, pid: int | None) -> None:
+    def _hear(self, pid: int) -> None:
         """What the client says in the meantime."""
         for frame in self._read():
             self._note(frame.kind, frame.data)
@@ -218,6 +225,9 @@ class Door:
         if not data:
             raise Gone
         return self._frames.feed(data)
+
+    def _say(self, line: str) -> None:
+        self._tell(Kind.ERRORS, f"slurmfork: {line}\n".encode())
 
     def _tell(self, kind: Kind, data: bytes) -> None:
         self._write(pack(kind, data))
@@ -248,10 +258,8 @@ def _attend(place: Spool) -> None:
     """Wait for a client to come back for what runs in its foreground; else tell it that its terminal is gone."""
     until = time.monotonic() + ABANDONED_S
     while place.status() is None and time.monotonic() < until:
-        watch = place.lock("watch")
-        if watch is None:
+        if place.is_watched():
             return
-        os.close(watch)
         time.sleep(1.0)
     _signal(place.pid(), signal.SIGHUP)
 
@@ -260,11 +268,6 @@ def _reap() -> None:
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-
-
-def _exit_status(status: int) -> int:
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
 
 
 def _as_at_login() -> None:

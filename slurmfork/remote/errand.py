@@ -18,6 +18,7 @@ from typing import IO, NamedTuple
 from slurmfork import names, prctl
 from slurmfork.remote.frames import Request, Terminal
 
+INTERRUPTED = 130
 FAULT = 70  # sysexits' EX_SOFTWARE: the verb could not even be begun
 
 
@@ -30,10 +31,18 @@ class Ends(NamedTuple):
     others: tuple[int, ...] = ()
 
 
-def fork(request: Request, directory: Path, ends: Ends, *, last: Callable[[int], None] | None = None) -> int:
+def fork(
+    request: Request,
+    directory: Path,
+    ends: Ends,
+    *,
+    first: Callable[[], None] = lambda: None,
+    last: Callable[[int], None] | None = None,
+) -> int:
     """Start it; returns its PID.
 
-    ``last`` hears the exit status, in that process, as the last thing it does; without, it ends with the door.
+    ``first`` is called in that process before it does anything, ``last`` hears the exit status as the last thing that
+    it does; without a ``last`` it ends with the door.
     """
     door = os.getpid()
     pid = os.fork()
@@ -46,9 +55,14 @@ def fork(request: Request, directory: Path, ends: Ends, *, last: Callable[[int],
             prctl.signal_at_parents_death(signal.SIGKILL)
             if os.getppid() != door:
                 os._exit(FAULT)
+        first()
         status = _run(request, directory, ends.marks)
     except SystemExit as leave:
         status = leave.code if isinstance(leave.code, int) else FAULT
+    except KeyboardInterrupt:  # before the verb could hear it
+        with contextlib.suppress(OSError):
+            os.write(2, b"slurmfork: interrupted\n")
+        status = INTERRUPTED
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.write(2, f"slurmfork: fault: {type(error).__name__}: {error}\n".encode())
