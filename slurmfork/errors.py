@@ -99,6 +99,14 @@ class ConnectionLost(TransportError):
     """A connection that stood, or was about to, went away: what was under way may or may not have been done."""
 
 
+class NotReached(TransportError):
+    """A machine does not answer, or not in time: it may later."""
+
+
+class NotOpened(ConnectionLost):
+    """A connection went away before we were in; whoever wanted it has tried often enough."""
+
+
 class StillAlive(SlurmforkError):
     """A stop or a cancel left processes alive; the message names them."""
 

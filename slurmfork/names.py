@@ -73,6 +73,7 @@ HEAD = "SLURMFORK_HEAD"
 ATTEMPT = "SLURMFORK_ATTEMPT"
 SSH_CONFIG = "SLURMFORK_SSH_CONFIG"
 MARKS = "SLURMFORK_MARKS"  # DESCRIPTOR:TEXT, for `logs` to tell where it is and to begin again there
+DRESSED = "SLURMFORK_DRESSED"  # names of variables that tell of a terminal elsewhere, and are no job's
 KILL_WAIT = "SLURMFORK_KILL_WAIT"
 ISOLATION = "SLURMFORK_ISOLATION"
 DEVICE_FILES = "SLURMFORK_DEVICE_FILES"

@@ -290,12 +290,19 @@ def check_private(path: Path) -> None:
 def default_root() -> Path:
     """SLURMFORK_ROOT, or ~/.slurmfork/runs: where run directories live."""
     value = os.environ.get(names.ROOT)
-    return Path(value).expanduser().absolute() if value else Path.home() / ".slurmfork" / "runs"
+    return _place(value) if value else Path.home() / ".slurmfork" / "runs"
 
 
 def root_of(given: str | os.PathLike[str] | None) -> Path:
     """Where run directories live: the place that was given, else the default."""
-    return Path(given).expanduser().absolute() if given else default_root()
+    return _place(given) if given else default_root()
+
+
+def _place(given: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(given).expanduser().absolute()
+    except RuntimeError:
+        raise RunDirError(f"{given}: there is no such user") from None
 
 
 def new_run_id(name: str) -> str:

@@ -292,6 +292,17 @@ def test_the_store_is_private_and_checks_what_it_gives(tmp_path: Path) -> None:
         store.copy(digest)
 
 
+def test_a_store_that_somebody_else_could_write_to_is_not_looked_at(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    empty = store.put(b"")
+    store.place(empty).unlink()
+    os.mkfifo(store.place(empty))  # of no size either, and to open it waits for ever
+    store.path.chmod(0o777)
+    with pytest.raises(RunDirError, match="is not a directory that only you can write to"):
+        store.missing([(empty, 0)])
+    assert Store(tmp_path / "none").missing([(empty, 0)]) == [0]
+
+
 def test_what_was_not_asked_for_is_pruned_and_what_was_stays(tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     old, asked, new = (store.put(data) for data in (b"old", b"asked", b"new"))

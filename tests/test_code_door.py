@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from processes import PATIENCE, wait_until
 from running import Shell
-from test_door import Visitor, Way
+from test_door import Visitor, Way, drop
 
 from slurmfork.code import reading
 from slurmfork.code.listing import listing
@@ -156,6 +156,19 @@ def test_a_door_that_dies_in_the_middle_of_a_file_leaves_no_half_of_it(sender: S
     code = sender.submit()
     assert sender.visitor.way.opened == 2
     assert (code / "big.bin").read_bytes() == (sender.tree / "big.bin").read_bytes()
+
+
+def test_a_door_that_is_killed_while_it_is_sent_to(sender: Sender) -> None:
+    def kill() -> None:
+        sender.bar.hear = lambda: None
+        drop(sender.visitor)
+
+    (sender.tree / "zzz.bin").write_bytes(os.urandom(12 << 20))
+    sender.bar.hear = kill
+    code = sender.submit()
+    assert sender.visitor.way.opened == 2
+    assert sender.visitor.said == ["the door over there closed; trying again"]
+    assert (code / "zzz.bin").read_bytes() == (sender.tree / "zzz.bin").read_bytes()
 
 
 def test_code_and_submit_are_there_once_though_the_answer_was_lost(sender: Sender) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +24,8 @@ import pytest
 from processes import PATIENCE, wait_until
 from running import Shell
 
-from slurmfork.errors import ConnectionLost, TransportError
-from slurmfork.remote.frames import MAGIC, Frame, Hello, Kind, Request, Unpacker, pack
+from slurmfork.errors import ConnectionLost, NotOpened, NotReached, TransportError
+from slurmfork.remote.frames import MAGIC, Frame, Hello, Kind, Request, Terminal, Unpacker, pack
 from slurmfork.remote.local import LocalTransport, ProcessChannel
 from slurmfork.remote.visit import Ear, NotThere, Show, Visit
 
@@ -74,12 +76,17 @@ class Way(LocalTransport):
     env: Mapping[str, str] = field(default_factory=dict)
     opened: int = 0
     name: str = "there"
+    away: bool = False
+    channel: ProcessChannel | None = None  # the latest
 
     def __post_init__(self) -> None:
         super().__init__(self.name)
 
     def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> ProcessChannel:
+        if self.away:
+            raise NotReached("no route to there")
         channel = super().start(argv, env={**self.env, "HOME": str(self.home)})
+        self.channel = channel
         self.opened += 1
         if self.cuts:
             channel.__class__ = Cut
@@ -343,7 +350,45 @@ def test_secrets_go_into_their_file_alone(local: Shell, visitor: Visitor) -> Non
     assert not [path for path in visitor.way.home.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_no_colour_here_is_no_colour_there(local: Shell, visitor: Visitor, spec: Path, plain: bool) -> None:
+    run_id = local.ready(spec, "--backend", "local")
+    terminal = Terminal(columns=80, lines=24, out=True, err=True, name="xterm", plain=plain)
+    wait_until(lambda: visitor("logs", run_id, terminal=terminal) == 0 and visitor.out, "a line")
+    assert visitor.out.startswith(b"a/" if plain else b"\x1b[")
+
+
 # --- what stands in the way
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "tcsh", "csh", "fish"])
+def test_what_a_login_shell_has_on_its_path(tmp_path: Path, shell: str) -> None:
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"there is no {shell}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").touch(mode=0o755)
+    (tmp_path / ".profile").write_text(
+        f"echo Welcome\nexport PATH={tmp_path}/bin:$PATH SLURMFORK_CLUSTER=other A_SITE=b\nsleep 300 & echo $! >~/pid\n"
+    )
+    of_csh = f"setenv PATH {tmp_path}/bin:$PATH\nsetenv SLURMFORK_CLUSTER other\nsetenv A_SITE b\n"
+    (tmp_path / ".login").write_text(of_csh)
+    (tmp_path / ".config" / "fish").mkdir(parents=True)
+    (tmp_path / ".config" / "fish" / "config.fish").write_text(
+        f"status is-login; and set -gx PATH {tmp_path}/bin $PATH; set -gx SLURMFORK_CLUSTER other; set -gx A_SITE b"
+    )
+    code = (
+        "import os; from slurmfork.remote import door; door.LOGIN_S = 3.0; door.settle();"
+        "print(os.environ['PATH'].split(':')[0], os.environ.get('SLURMFORK_CLUSTER'), os.environ.get('A_SITE'))"
+    )
+    (tmp_path / "none").mkdir()
+    env = {"HOME": str(tmp_path), "SHELL": program, "PATH": str(tmp_path / "none")}
+    for name in ("env", "sleep"):
+        (tmp_path / "none" / name).symlink_to(f"/usr/bin/{name}")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=PATIENCE, check=True)
+    assert done.stdout.decode().split() == [f"{tmp_path}/bin", "None", "b"]
+    if (tmp_path / "pid").exists():
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 def test_what_a_login_shell_says_first_is_passed_over(visitor: Visitor) -> None:
@@ -393,9 +438,119 @@ def test_without_a_connection_nothing_is_repeated(visitor: Visitor) -> None:
     class Closed(Way):
         def start(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> ProcessChannel:
             self.opened += 1
-            raise ConnectionLost("nobody there")
+            raise NotOpened("nobody there")
 
     visitor.way = Closed(visitor.way.home)
     with pytest.raises(TransportError, match="nobody there"):
         visitor("submit", once=True)
     assert visitor.way.opened == 1
+
+
+def drop(visitor: Visitor) -> None:
+    """What a lost connection is to a door."""
+    assert visitor.way.channel is not None
+    visitor.way.channel._process.kill()
+
+
+@pytest.fixture
+def waiting(local: Shell, visitor: Visitor, spec: Path) -> Iterator[tuple[Visit, list[object]]]:
+    """A `wait` over there that is under way, as a verb that is done once; and how it ended."""
+    run_id = local.ready(spec, "--backend", "local")
+    visit = visitor.visit("wait", run_id, once=True)
+    ended: list[object] = []
+
+    def work() -> None:
+        try:
+            ended.append(visit.run())
+        except (TransportError, KeyboardInterrupt) as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_until(lambda: visit._channel, "the request to be asked")
+    yield visit, ended
+    visitor.way.away = False
+    local.call("cancel", run_id)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_a_connection_may_be_lost_again_and_again(
+    visitor: Visitor, waiting: tuple[Visit, list[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurmfork.remote.visit.PATIENCE_S", 1.5)
+    monkeypatch.setattr("slurmfork.remote.visit.STOOD_S", 0.5)
+    visit, ended = waiting
+    for _ in range(3):
+        time.sleep(2.0)  # a time in which nothing is said
+        drop(visitor)
+        wait_until(lambda: visitor.said, "the loss")
+        wait_until(lambda: ended or visit._channel, "another connection")
+        visitor.said.clear()
+        assert ended == []
+
+
+def test_a_network_that_is_away_comes_back(visitor: Visitor, waiting: tuple[Visit, list[object]]) -> None:
+    visit, ended = waiting
+    visitor.way.away = True
+    drop(visitor)
+    wait_until(lambda: ended or "no route to there; trying again" in visitor.said, "a try")
+    visitor.way.away = False
+    wait_until(lambda: ended or visit._channel, "the connection")
+    assert ended == []
+
+
+def test_one_that_stays_away_is_told_with_what_goes_on(
+    visitor: Visitor, waiting: tuple[Visit, list[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slurmfork.remote.visit.PATIENCE_S", 1.0)
+    visitor.way.away = True
+    drop(visitor)
+    wait_until(lambda: waiting[1], "the end of patience")
+    assert str(waiting[1][0]) == "no route to there, and does not come back; what was asked goes on over there"
+
+
+def test_a_signal_waits_for_the_connection(visitor: Visitor, waiting: tuple[Visit, list[object]]) -> None:
+    visit, ended = waiting
+    assert visit.under_way
+    visitor.way.away = True
+    drop(visitor)
+    wait_until(lambda: visit._channel is None, "the loss")
+    assert visit.interrupt(signal.SIGINT) is False
+    visitor.way.away = False
+    wait_until(lambda: ended, "the end")
+    assert ended == [130]
+    assert b"slurmfork: interrupted" in visitor.err
+
+
+def test_what_only_looks_does_not_come_back_for_a_signal(local: Shell, visitor: Visitor, spec: Path) -> None:
+    run_id = local.ready(spec, "--backend", "local")
+    visit = visitor.visit("wait", run_id)
+    ended: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            visit.run()
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_until(lambda: visit._channel, "the request to be asked")
+    visitor.way.away = True
+    drop(visitor)
+    wait_until(lambda: visitor.said, "the loss")
+    assert not visit.under_way
+    visit.interrupt(signal.SIGINT)
+    thread.join(PATIENCE)
+    assert [type(error) for error in ended] == [KeyboardInterrupt]
+
+
+def test_a_connection_that_is_lost_before_anything_was_asked_is_made_again(visitor: Visitor) -> None:
+    visitor.way.cuts = [10, 10]
+    assert visitor("status") == 0
+    assert visitor.way.opened == 3
+    visitor.way.cuts = [10] * 9
+    with pytest.raises(ConnectionLost, match="cut"):
+        visitor("status")
+    assert visitor.way.opened == 6

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from rendering import HOSTILE, Stage, make_spec, script_of
 from slurmfork.backends.base import Job, JobReport
 from slurmfork.backends.queue import Queue
 from slurmfork.backends.slurm import SlurmBackend
-from slurmfork.errors import BackendError
+from slurmfork.errors import BackendError, Unanswered
 from slurmfork.names import RunState
 from slurmfork.plan import Request
 from slurmfork.rundir import RunDir
@@ -165,6 +167,20 @@ def test_what_a_site_prints_around_the_job_id(site: Site, monkeypatch: pytest.Mo
     _, job = site.submit("sleep 100")
     assert job.notes == ["sbatch: lua: your quota is low"]
     assert f"JobId={job.job_id} " in site.scontrol(job)
+
+
+def test_a_submit_that_is_interrupted_may_have_submitted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_path(site.home / "bin", "sbatch", f"touch {site.home}/asked; exec sleep 60", monkeypatch)
+
+    def interrupt() -> None:
+        wait_until((site.home / "asked").exists, "sbatch")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    asking = threading.Thread(target=interrupt)
+    asking.start()
+    with pytest.raises(Unanswered, match="sbatch was interrupted; Slurm may have taken the job all the same"):
+        site.backend.submit(site.rundir("slow"), SPEC, REQUEST)
+    asking.join()
 
 
 def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

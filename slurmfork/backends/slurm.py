@@ -52,7 +52,10 @@ class SlurmBackend:
 
         Raises Unanswered if the answer was lost on its way: a slow slurmctld takes jobs that it was sent long ago.
         """
-        answer = ask(["sbatch", "--parsable", str(rundir.script)], env=environment_of_job(spec.secrets))
+        try:
+            answer = ask(["sbatch", "--parsable", str(rundir.script)], env=environment_of_job(spec.secrets))
+        except KeyboardInterrupt:
+            raise Unanswered("sbatch was interrupted; Slurm may have taken the job all the same") from None
         if answer.missing:
             raise BackendError(f"{answer.words}: {_NO_SLURM}")
         found = _SUBMITTED.findall(answer.output)

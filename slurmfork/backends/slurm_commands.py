@@ -39,7 +39,11 @@ def environment(own: Mapping[str, str] | None = None) -> dict[str, str]:
 def environment_of_job(secrets: Sequence[str], own: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment to submit in, which the job gets too, and Slurm stores: nothing secret is in it."""
     given = os.environ if own is None else own
-    dropped = {*secrets, *((*names.WORKERS_OWN, *devices.VARIABLES) if names.WORKER in given else ())}
+    dropped = {
+        *secrets,
+        *given.get(names.DRESSED, "").split(),
+        *((*names.WORKERS_OWN, *devices.VARIABLES) if names.WORKER in given else ()),
+    }
     clusters = {name: value for name, value in given.items() if name == "SLURM_CLUSTERS"}
     return {name: value for name, value in {**_outside(given), **clusters}.items() if name not in dropped}
 

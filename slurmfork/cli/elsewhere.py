@@ -5,12 +5,15 @@ What the user typed is understood here, so a mistake costs no connection; a spec
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import shutil
 import signal
 import sys
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -21,7 +24,7 @@ from click.core import ParameterSource
 
 from slurmfork import clusters
 from slurmfork.cli import output, sending
-from slurmfork.errors import SpecError, UsageError
+from slurmfork.errors import SlurmforkError, SpecError, UsageError
 from slurmfork.remote.frames import Hello, Request, Terminal
 from slurmfork.remote.visit import Ear, NotThere, OtherVersion, Show, Visit
 from slurmfork.version import __version__
@@ -35,7 +38,17 @@ if TYPE_CHECKING:
 CHANGING = frozenset({"submit", "run", "fork", "stop", "cancel", "clean", "prune"})
 STAYING = frozenset({"validate", "plan"})  # need the profile, and nobody over there
 MARKED = frozenset({"logs"})
+ATTENDED = frozenset({"run"})  # ends when nobody reads it any more
 PATIENT = 3  # signals after which we leave, even if the far side does not answer
+_LAST_WORDS = 2000
+_LONGEST_NAME = 100
+
+
+class LeftAlone(SlurmforkError):
+    """We were told to leave before the far side has answered."""
+
+    exit_code = 130
+    kind = "interrupted"
 
 
 def run(ctx: click.Context, cluster: str) -> int:
@@ -47,20 +60,80 @@ def run(ctx: click.Context, cluster: str) -> int:
     upload = (
         _upload(spec.code, ctx.params.get("root") or profile.root, bar) if spec and spec.code and request.once else None
     )
+    screen = _Screen(as_json=bool(ctx.params.get("as_json")))
     visit = Visit(
         lambda: clusters.transport_of(cluster, profile),
         clusters.python_there(profile),
         request,
-        Ear(_writer(sys.stdout), _writer(sys.stderr), output.complain),
+        Ear(screen.out, screen.err, output.complain),
         show=_show(request),
         check=lambda hello: _check(hello, cluster, changing=verb in CHANGING),
         upload=upload,
     )
+    if verb in ATTENDED:
+        screen.attend(lambda: visit.interrupt(signal.SIGHUP))
     try:
         with _signals(visit), bar:
-            return visit.run()
+            status = visit.run()
     except NotThere as error:
         raise NotThere(f"{error}; `slurmfork cluster bootstrap {cluster}` puts it there") from None
+    except KeyboardInterrupt:
+        if not visit.under_way:
+            raise
+        raise LeftAlone(f"not waiting for {cluster}; what was asked goes on over there") from None
+    screen.conclude(verb, status)
+    return status
+
+
+class _Screen:
+    """What comes from over there goes to stdout and stderr as it is."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._lost: Callable[[], object] | None = None
+        self._written = False
+        self._words = b""
+
+    def attend(self, lost: Callable[[], object]) -> None:
+        """Have it told at once when nobody reads any more; what comes then goes nowhere."""
+        self._lost = lost
+
+        def watch() -> None:
+            readers = select.poll()
+            for descriptor in (1, 2):
+                readers.register(descriptor, 0)
+            readers.poll()
+            if output.give_up_lost():
+                lost()
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def out(self, data: bytes) -> None:
+        self._written = True
+        if self._as_json:
+            output.claim()
+        self._write(sys.stdout, data)
+
+    def err(self, data: bytes) -> None:
+        self._words = (self._words + data)[-_LAST_WORDS:]
+        self._write(sys.stderr, data)
+
+    def _write(self, stream: Any, data: bytes) -> None:
+        try:
+            stream.buffer.write(data)
+            stream.buffer.flush()
+        except OSError:
+            if self._lost is None:
+                raise
+            output.give_up_lost()
+            self._lost()
+
+    def conclude(self, verb: str, status: int) -> None:
+        """With --json, a verb that could not even say that it failed has a document, too."""
+        if self._as_json and status and not self._written:
+            said = self._words.decode(errors="replace").strip().splitlines()
+            words = said[-1].removeprefix("slurmfork: ") if said else f"`{verb}` ended with status {status}"
+            output.error_document(SlurmforkError(words), words, "failed")
 
 
 def lay_defaults(ctx: click.Context, cluster: str) -> None:
@@ -93,14 +166,6 @@ def _check(hello: Hello, cluster: str, *, changing: bool) -> None:
     output.complain(f"{words}; {mend}")
 
 
-def _writer(stream: Any) -> Any:
-    def write(data: bytes) -> None:
-        stream.buffer.write(data)
-        stream.buffer.flush()
-
-    return write
-
-
 @contextmanager
 def _signals(visit: Visit) -> Iterator[None]:
     """Ctrl-C and the like are for the verb over there, which knows what they mean."""
@@ -111,7 +176,9 @@ def _signals(visit: Visit) -> Iterator[None]:
         count += 1
         if not visit.under_way or count >= PATIENT:
             raise KeyboardInterrupt
-        visit.interrupt(number)
+        if not visit.interrupt(number):
+            output.complain("that is passed on when the connection is back; once more does not wait for it")
+            count = PATIENT - 1
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -130,7 +197,7 @@ def _signals(visit: Visit) -> Iterator[None]:
 def _request(ctx: click.Context, profile: Cluster) -> tuple[Request, Spec | None]:
     verb = ctx.command.name or ""
     made = Request(request_id=uuid.uuid4().hex, args=[verb], once=verb in CHANGING, terminal=_terminal())
-    spec = _read_spec(ctx, profile, made) if isinstance(ctx.params.get("spec"), Path) else None
+    spec, text = _read_spec(ctx, made) if isinstance(ctx.params.get("spec"), Path) else (None, b"")
     options, arguments = [], []
     for param in ctx.command.params:
         if isinstance(param, click.Argument):
@@ -140,20 +207,22 @@ def _request(ctx: click.Context, profile: Cluster) -> tuple[Request, Spec | None
     for param, value in options:
         if param.name not in ("cluster", "template", "overrides"):
             made.args += _option(param, value)
-    if profile.root and ctx.params.get("root") is None and any(param.name == "root" for param in ctx.command.params):
+    if profile.root and "root" in ctx.params and ctx.params["root"] is None:
         made.args += ["--root", profile.root]
     for override in (*(ctx.params.get("overrides") or ()), *(_defaults(spec, profile) if spec else ())):
         made.args += ["--set", override]
     if template := ctx.params.get("template"):
-        _send_file(made, "--template", template)
+        made.args.append("--template")
+        _send_file(made, template, _read(template))
     if spec and (own := spec.slurm.get("template")):  # it will lie beside the spec
-        made.args += ["--set", f"slurm.template={_add_file(made, Path(str(own)))}"]
+        path = Path(str(own))
+        made.args += ["--set", f"slurm.template={_add_file(made, path, _read(path))}"]
     if spec and spec.code:  # it is sent, and not looked for beside the spec over there
         made.args += ["--set", "code.path=."]
     made.args.append("--")
     for param, value in arguments:
         if param.name == "spec" and value is not None:
-            _send_file(made, None, value)
+            _send_file(made, value, text)
         elif value is not None:
             made.args += map(str, value) if param.nargs == -1 else [str(value)]
     return made, spec
@@ -171,43 +240,50 @@ def _upload(code: Code, root: str | None, bar: sending.Bar) -> Upload:
     return Upload(found, root, bar, output.complain)
 
 
-def _read_spec(ctx: click.Context, profile: Cluster, made: Request) -> Spec:
-    """The spec, checked here; what is secret in it comes from this environment."""
+def _read_spec(ctx: click.Context, made: Request) -> tuple[Spec, bytes]:
+    """The spec, checked here, and its text; what is secret in it comes from this environment."""
     from slurmfork import submission
     from slurmfork.spec import reader
 
-    overrides = list(ctx.params.get("overrides") or ())
-    spec = reader.load(ctx.params["spec"], overrides=overrides, backend=ctx.params.get("backend"))
+    path, overrides = ctx.params["spec"], list(ctx.params.get("overrides") or ())
+    text = reader.text_of(path)
+    spec = reader.loads(text, file=str(path), overrides=overrides, backend=ctx.params.get("backend"))
     if made.once:
         made.secrets = submission.secrets(spec, os.environ)
-    return spec
+    return spec, text.encode()
 
 
 def _defaults(spec: Spec, profile: Cluster) -> list[str]:
     """What the profile says of Slurm's options, and the spec does not."""
-    return [f"slurm.{name}={value}" for name, value in profile.slurm.items() if name not in spec.slurm]
+    return [f"slurm.{name}={_yaml(value)}" for name, value in profile.slurm.items() if name not in spec.slurm]
 
 
-def _send_file(made: Request, option: str | None, path: Path) -> None:
+def _yaml(value: object) -> str:
+    """A value as --set takes it; text that it would read as something else in quotes."""
+    text = str(value)
+    return json.dumps(text) if isinstance(value, str) and (text != text.strip() or text[:1] in "\"'[{") else text
+
+
+def _send_file(made: Request, path: Path, data: bytes) -> None:
     """Send a file along, and name it on the command line, where it will be a path over there."""
-    if option:
-        made.args.append(option)
     made.paths.append(len(made.args))
-    made.args.append(_add_file(made, path))
+    made.args.append(_add_file(made, path, data))
 
 
-def _add_file(made: Request, path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    name = f"{len(made.files)}-{_plain(path.name)}" if made.files else _plain(path.name)
+
+
+def _add_file(made: Request, path: Path, data: bytes) -> str:
+    plain = "".join(char if char.isascii() and (char.isalnum() or char in "_.+-") else "_" for char in path.name)
+    name = plain.lstrip(".+-")[-_LONGEST_NAME:].lstrip(".+-") or "file"
+    if made.files:
+        name = f"{len(made.files)}-{name}"
     made.files[name] = data
     return name
-
-
-def _plain(name: str) -> str:
-    return "".join(char if char.isascii() and (char.isalnum() or char in "_.+-") else "_" for char in name).lstrip(".-")
 
 
 def _option(param: click.Parameter, value: Any) -> list[str]:
@@ -215,6 +291,8 @@ def _option(param: click.Parameter, value: Any) -> list[str]:
     name = max(param.opts, key=len)
     if getattr(param, "is_flag", False):
         return [name] if value or value is None else []
+    if not param.expose_value:  # it means nothing to this verb
+        return []
     if getattr(param, "multiple", False):
         return [word for one in value for word in (name, _word(one))]
     return [name, _word(value)]
@@ -223,7 +301,7 @@ def _option(param: click.Parameter, value: Any) -> list[str]:
 def _word(value: Any) -> str:
     if isinstance(value, tuple):  # NAME=VALUE
         return "=".join(value)
-    return f"{value}s" if isinstance(value, float) else str(value)
+    return f"{value:.9f}s" if isinstance(value, float) else str(value)
 
 
 def _terminal() -> Terminal | None:
@@ -231,4 +309,11 @@ def _terminal() -> Terminal | None:
     if not (out or err):
         return None
     size = shutil.get_terminal_size()
-    return Terminal(columns=size.columns, lines=size.lines, out=out, err=err, name=os.environ.get("TERM", ""))
+    return Terminal(
+        columns=size.columns,
+        lines=size.lines,
+        out=out,
+        err=err,
+        name=os.environ.get("TERM", ""),
+        plain=bool(os.environ.get("NO_COLOR")),
+    )

@@ -29,7 +29,10 @@ class Verb(click.Command):
     examples: Sequence[str] = ()
 
     def invoke(self, ctx: click.Context) -> Any:
-        if cluster := ctx.params.pop("cluster", None):
+        cluster = ctx.params.pop("cluster", None)
+        if cluster == "":
+            raise click.BadParameter("the name of the cluster is empty", ctx, param_hint="--cluster")
+        if cluster:
             from slurmfork.cli import elsewhere
 
             if self.name not in elsewhere.STAYING:
@@ -127,7 +130,7 @@ class Seconds(_Type):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, (int, float)):
             return float(value)
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw]?)", value.strip())
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([smhdw]?)", value.strip())
         if match is None or (self._unit and not match[2]):
             self.fail(f"{value!r} is not a duration; write 7d, 12h or 30m", param, ctx)
         seconds = float(match[1]) * self._units[match[2] or "s"]

@@ -60,12 +60,17 @@ def reset() -> None:
     _written = False
 
 
+def claim() -> None:
+    """The one JSON document is printed, by whomever."""
+    global _written
+    _written = True
+
+
 def document(data: Any) -> None:
     """Print the one JSON document; ``data`` may hold structs."""
     import msgspec
 
-    global _written
-    _written = True
+    claim()
     print(msgspec.json.format(msgspec.json.encode(data), indent=2).decode(), flush=True)
 
 

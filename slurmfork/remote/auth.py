@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import paramiko
 
-from slurmfork.errors import ConnectionLost, TransportError, one_line
+from slurmfork.errors import NotOpened, TransportError, one_line
 from slurmfork.remote import keys
 from slurmfork.remote.sshconfig import Settings
 from slurmfork.remote.terminal import Terminal
@@ -229,7 +229,7 @@ class Login:
     def _hung_up(self, error: BaseException) -> TransportError:
         user = self._settings.user
         if isinstance(error, TimeoutError) or "timeout" in str(error).lower():
-            return ConnectionLost(f"{self._who} did not answer when {user} logged in")
+            return NotOpened(f"{self._who} did not answer when {user} logged in")
         if len(self._offered) > 1:
             return TransportError(
                 f"{self._who} hung up after it had refused {', '.join(self._offered)}: "
@@ -237,6 +237,6 @@ class Login:
             )
         told = one_line(str(error))
         reason = f" ({told})" if told and not isinstance(error, EOFError) else ""
-        return ConnectionLost(
+        return NotOpened(
             f"{self._who} hung up when {user} logged in{reason}: if it happens again, the account may be locked"
         )

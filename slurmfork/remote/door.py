@@ -38,7 +38,6 @@ PIECE = 65_536
 ABANDONED_S = 300.0  # without a client, what was to be followed (`run`) is told that its terminal is gone
 LOGIN_S = 15.0
 ATTENDED = frozenset({"run"})
-SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 class Gone(Exception):
@@ -66,7 +65,8 @@ class Door:
     def _serve(self) -> None:
         hello = Hello(protocol=PROTOCOL, version=__version__, python=sys.version.split()[0], host=socket.gethostname())
         self._write(MAGIC + pack(Kind.HELLO, msgspec.json.encode(hello)))
-        while (request := self._next()) is not None:
+        while True:
+            request = self._next()
             try:
                 status = self._once(request) if request.once else self._look(request)
             except SlurmforkError as error:
@@ -80,14 +80,16 @@ class Door:
             if request.once:
                 self._settle(request)
 
-    def _next(self) -> Request | None:
-        while True:
+    def _next(self) -> Request:
+        request: Request | None = None
+        while request is None:
             for frame in self._read():
                 if frame.kind is Kind.REQUEST:
-                    return msgspec.msgpack.decode(frame.data, type=Request)
-                if frame.kind in (Kind.ASK, Kind.PIECE):
+                    request = msgspec.msgpack.decode(frame.data, type=Request)
+                elif frame.kind in (Kind.ASK, Kind.PIECE):
                     self._take_in(frame)
-                self._note(frame.kind, frame.data)
+                self._note(frame.kind, frame.data)  # a signal may come with the request
+        return request
 
     def _take_in(self, frame: Frame) -> None:
         """Code comes before the request that it is for. What fails is told once; the client hears it and leaves."""
@@ -142,6 +144,7 @@ class Door:
     def _relay(self, pid: int, out: int, err: int, marks: int) -> None:
         """Pass on what the errand says until all of its pipes are at their end."""
         kinds = {out: Kind.OUTPUT, err: Kind.ERRORS, marks: Kind.MARK}
+        self._pass_on(pid)
         while kinds:
             ready, _, _ = select.select([0, *kinds], [], [])
             for descriptor in ready:
@@ -198,8 +201,7 @@ class Door:
                 for frame in self._read():
                     self._note(frame.kind, frame.data)
             if self._signals and (pid := place.pid()) is not None:
-                for number in self._take_signals():
-                    _signal(pid, number)
+                self._pass_on(pid)
 
     # --- the stream
 
@@ -207,17 +209,17 @@ class Door:
         """What the client says in the meantime."""
         for frame in self._read():
             self._note(frame.kind, frame.data)
-        for number in self._take_signals():
-            _signal(pid, number)
+        self._pass_on(pid)
 
-    def _take_signals(self) -> list[int]:
+    def _pass_on(self, pid: int) -> None:
         taken, self._signals = self._signals, []
-        return taken
+        for number in taken:
+            _signal(pid, number)
 
     def _note(self, kind: Kind, data: bytes) -> None:
         if kind is Kind.THANKS:
             self._thanked = True
-        elif kind is Kind.SIGNAL and data.isdigit() and int(data) in SIGNALS:
+        elif kind is Kind.SIGNAL and data.isdigit() and int(data) in errand.SIGNALS:
             self._signals.append(int(data))
 
     def _read(self) -> Iterator[Frame]:
@@ -270,34 +272,49 @@ def _reap() -> None:
             pass
 
 
+def settle() -> None:
+    """Have the environment that verbs have when they are typed there; what goes for verbs of ours is said here."""
+    _as_at_login()
+    for name in [name for name in os.environ if name.startswith("SLURMFORK_") and name != names.ROOT]:
+        del os.environ[name]
+
+
 def _as_at_login() -> None:
     """Have Slurm's commands on PATH: many sites put them there for login shells alone, which SSH's commands are not."""
     if shutil.which("sbatch") is not None:
         return
-    command = [os.environ.get("SHELL") or "/bin/sh", "-l", "-c", "env -0"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        told = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
+    for entry in os.fsdecode(_environment_at_login()).split("\0"):
+        name, equals, value = entry.partition("=")
+        name = name.rpartition("\n")[2]  # before the first one there may be what the shell says at login
+        if equals and names.ENV_PATTERN.fullmatch(name) and (name == "PATH" or name not in os.environ):
+            os.environ[name] = value
+
+
+def _environment_at_login() -> bytes:
+    shell = os.environ.get("SHELL") or "/bin/sh"
+    name, question = f"-{Path(shell).name}", "env -0"  # the dash makes it a login shell, whatever options it knows
+    asked = [] if name.endswith("csh") else ["-c", question]  # with -c, csh would read no .login
+    try:
+        return subprocess.run(
+            [name, *asked],
+            executable=shell,
+            input=b"" if asked else f"{question}\n".encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=LOGIN_S,
             check=False,
-        )
-        for entry in os.fsdecode(told.stdout).split("\0"):
-            name, equals, value = entry.partition("=")
-            name = name.rpartition("\n")[2]  # before the first one there may be what the shell says at login
-            if equals and names.ENV_PATTERN.fullmatch(name) and (name == "PATH" or name not in os.environ):
-                os.environ[name] = value
+        ).stdout
+    except subprocess.TimeoutExpired as late:  # what was started at login may hold on to the pipe
+        return late.stdout or b""
+    except OSError:
+        return b""
 
 
 def main() -> int:
     """Serve one client."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # that the client is gone is heard by the end of the stream
     installation.settle()
-    for name in [name for name in os.environ if name.startswith("SLURMFORK_") and name != names.ROOT]:
-        del os.environ[name]
-    _as_at_login()
+    settle()
     with contextlib.suppress(OSError, SlurmforkError):
         spool.remove_old()
     with contextlib.suppress(Gone):

@@ -18,6 +18,7 @@ from typing import IO, NamedTuple
 from slurmfork import names, prctl
 from slurmfork.remote.frames import Request, Terminal
 
+SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # that a client may send
 INTERRUPTED = 130
 FAULT = 70  # sysexits' EX_SOFTWARE: the verb could not even be begun
 
@@ -45,12 +46,15 @@ def fork(
     it does; without a ``last`` it ends with the door.
     """
     door = os.getpid()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the errand hears none before it can tell
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     status = FAULT
     try:
         _become(ends)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if last is None:
             prctl.signal_at_parents_death(signal.SIGKILL)
             if os.getppid() != door:
@@ -79,7 +83,7 @@ def fork(
 def _become(ends: Ends) -> None:
     """A process in a session of its own: what ends the connection does not end it."""
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD):
+    for number in (*SIGNALS, signal.SIGPIPE, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -112,9 +116,13 @@ def _dress(terminal: Terminal | None) -> None:
     sys.stdout = _Stream.of(1, tty=terminal is not None and terminal.out)
     sys.stderr = _Stream.of(2, tty=terminal is not None and terminal.err)
     if terminal is not None:
-        os.environ.update(COLUMNS=str(terminal.columns), LINES=str(terminal.lines))
+        size = {"COLUMNS": str(terminal.columns), "LINES": str(terminal.lines)}
+        os.environ.update(size)
+        os.environ[names.DRESSED] = " ".join(size)
         if terminal.name:
             os.environ["TERM"] = terminal.name
+        if terminal.plain:
+            os.environ["NO_COLOR"] = "1"
 
 
 class _Stream(io.TextIOWrapper):

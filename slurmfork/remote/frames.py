@@ -46,13 +46,14 @@ class Frame(NamedTuple):
 
 
 class Terminal(Struct, kw_only=True):
-    """The terminal that output will be shown on."""
+    """The terminal that output will be shown on. ``plain``: without colours."""
 
     columns: int
     lines: int
     out: bool
     err: bool
     name: str = ""
+    plain: bool = False
 
 
 class Request(Struct, kw_only=True):

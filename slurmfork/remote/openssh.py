@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slurmfork.errors import ConnectionLost, TransportError, one_line
+from slurmfork.errors import ConnectionLost, NotOpened, TransportError, one_line
 from slurmfork.remote.local import ProcessChannel, popen
 from slurmfork.remote.quoting import command_line
 
@@ -190,7 +190,7 @@ class OpenSshTransport:
             if words.wait_for(_OPENED, timeout):
                 return
         except TimeoutError:
-            raise ConnectionLost(
+            raise NotOpened(
                 f"the shared connection to {self.name} does not answer: {self._closing()} ends it, {self._opening()} "
                 "opens another"
             ) from None
@@ -198,7 +198,7 @@ class OpenSshTransport:
         if "refused by peer" in told:
             raise TransportError(f"{self.name} refuses {what} over the shared connection: {_last(told)}")
         self._path = None
-        raise ConnectionLost(f"the shared connection to {self.name} is gone: `{self._opening()}` opens it")
+        raise NotOpened(f"the shared connection to {self.name} is gone: `{self._opening()}` opens it")
 
     # --- the shared connection
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import paramiko
 
-from slurmfork.errors import ConnectionLost, TransportError, one_line
+from slurmfork.errors import ConnectionLost, NotOpened, NotReached, TransportError, one_line
 from slurmfork.remote.auth import KeyRing, Login
 from slurmfork.remote.sshconfig import Settings, SshConfig
 from slurmfork.remote.terminal import Terminal
@@ -33,7 +33,7 @@ Tell = Callable[[str, str], None]
 Accept = Callable[[Settings, ShownKey], bool]
 
 
-class _Dropped(ConnectionLost):
+class _Dropped(NotOpened):
     """A server hung up before it knew who we are: to try again does no harm, and busy ones do this."""
 
 
@@ -88,7 +88,7 @@ class Way:
         try:
             wire.shake_hands(self.handshake_s)
         except TimeoutError:
-            raise TransportError(
+            raise NotReached(
                 f"{who} takes connections but does not answer: no SSH greeting within {self.handshake_s:.0f} s"
             ) from None
         except (EOFError, OSError) as error:
@@ -139,7 +139,7 @@ class Way:
         try:
             stream = open_tunnel(wire, settings.host, settings.port, settings.connect_s + CHANNEL_S)
         except (TransportError, TimeoutError) as error:
-            raise TransportError(f"cannot reach {self._name(settings)} by {self._name(jump)}: {error}") from error
+            raise NotReached(f"cannot reach {self._name(settings)} by {self._name(jump)}: {error}") from error
         self.tell("connection", f"{settings.host} port {settings.port} by {self._name(jump)}")
         return stream
 
@@ -181,7 +181,7 @@ def _addresses(settings: Settings, tell: Tell) -> list[tuple[int, Any]]:
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise TransportError(
+        raise NotReached(
             f"{settings.host!r} has no address ({_reason(error)}): "
             "check `host` in the profile, and HostName in ~/.ssh/config"
         ) from error
@@ -202,8 +202,8 @@ def _first_that_answers(addresses: list[tuple[int, Any]], deadline: float, who: 
             continue
         return stream
     if isinstance(problem, TimeoutError):
-        raise TransportError(f"{who} does not answer: is the network (or VPN) up, and the port right?") from problem
-    raise TransportError(f"cannot connect to {who}: {_reason(problem)}") from problem
+        raise NotReached(f"{who} does not answer: is the network (or VPN) up, and the port right?") from problem
+    raise NotReached(f"cannot connect to {who}: {_reason(problem)}") from problem
 
 
 def _watch_over(stream: socket.socket) -> None:

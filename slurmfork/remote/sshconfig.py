@@ -25,6 +25,17 @@ _DEPTH = 16
 _DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
+_EXEC = re.compile(r"^\s*match\b.*\bexec\b", re.IGNORECASE | re.MULTILINE)
+
+
+def _have_match_exec() -> None:
+    """paramiko runs the commands of `Match exec` by another library, which it was imported without: see clusters."""
+    import invoke
+    import paramiko.config
+
+    paramiko.config.invoke = invoke  # type: ignore[attr-defined]
+
+
 class Hop(NamedTuple):
     """A machine to go to, as somebody wrote it; None where they left it to the files."""
 
@@ -94,6 +105,8 @@ class SshConfig:
         given = [f"User {hop.user}"] if hop.user else []
         given += [f"Port {hop.port}"] if hop.port else []  # before all else, and what tokens in other values mean
         try:
+            if _EXEC.search(self._text):
+                _have_match_exec()
             found = paramiko.SSHConfig.from_text("\n".join([*given, self._text])).lookup(hop.host)
         except Exception as error:  # ImportError for `Match exec`, among others
             raise TransportError(f"cannot read what ~/.ssh/config says of {hop.host}: {error}") from error

@@ -20,7 +20,7 @@ from slurmfork.code.store import PIECE
 from slurmfork.errors import ConnectionLost, UsageError
 from slurmfork.remote.frames import Absent, Ask, Exit, Frame, Kind, Piece, pack
 from slurmfork.remote.transport import Channel
-from slurmfork.remote.visit import GaveUp
+from slurmfork.remote.visit import GaveUp, send
 
 AT_ONCE = 20_000  # contents that are asked about in one frame
 WINDOW = 8 << 20  # bytes that may be under way without having been taken
@@ -136,7 +136,7 @@ class _Line:
 
     def ask(self, ask: Ask) -> list[int]:
         """The numbers of what is not there."""
-        self._channel.send(pack(Kind.ASK, msgspec.msgpack.encode(ask)))
+        send(self._channel, pack(Kind.ASK, msgspec.msgpack.encode(ask)))
         return msgspec.msgpack.decode(self._next(Kind.ABSENT).data, type=Absent).numbers
 
     def sending(self, data: Iterable[bytes]) -> Iterator[bytes]:
@@ -157,7 +157,7 @@ class _Line:
             self._wait()
 
     def _send(self, piece: Piece) -> None:
-        self._channel.send(pack(Kind.PIECE, msgspec.msgpack.encode(piece)))
+        send(self._channel, pack(Kind.PIECE, msgspec.msgpack.encode(piece)))
         self._under_way.append(len(piece.data))
         while sum(self._under_way) > WINDOW or len(self._under_way) > WINDOW_PIECES:
             self._wait()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from slurmfork.errors import ConnectionLost, SlurmforkError, TransportError, one_line
+from slurmfork.errors import ConnectionLost, NotOpened, NotReached, SlurmforkError, TransportError, one_line
 from slurmfork.remote.frames import PROTOCOL, Exit, Frame, Hello, Kind, Mark, Request, Unpacker, pack
 from slurmfork.remote.transport import Channel, Transport
 from slurmfork.version import __version__
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 HELLO_S = 60.0
 PATIENCE_S = 120.0  # for a connection to come back
 PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)
-INTERRUPTED = 130
+STOOD_S = 10.0  # what stood so long and is lost then is another loss, which has the whole patience to itself
+EARLY = 2  # further tries where nothing was asked yet
 
 
 class OtherVersion(SlurmforkError):
@@ -79,65 +80,91 @@ class Visit:
     ) -> None:
         self._connect, self._python, self._request, self._ear = transport, python, request, ear
         self._show_when, self._check, self._upload = show, check, upload
-        self._welcomed = False
+        self._welcomed: float | None = None  # when, this time
         self._asked = False  # whether the far side may have the request
+        self._begun = False  # whether it is worth some patience
         self._channel: Channel | None = None
         self._output = _Output(show, ear.out)
         self._interrupted = False
+        self._unsent: deque[int] = deque()  # signals
 
     def run(self) -> int:
-        """Run it to its end; returns its exit status. Raises TransportError where that could not be had."""
-        tries, limit, before = 0, time.monotonic() + PATIENCE_S, self._progress
+        """Run it to its end; returns its exit status. Raises TransportError where that could not be had.
+
+        KeyboardInterrupt: it only looks, was interrupted, and the connection is lost.
+        """
+        tries, limit, before = 0, 0.0, self._progress
         while True:
             try:
                 return self._try()
-            except ConnectionLost as error:
-                if self._interrupted:
-                    return INTERRUPTED
-                if self._progress != before:
+            except (ConnectionLost, NotReached) as error:
+                if self._interrupted and not self._request.once:
+                    raise KeyboardInterrupt from None
+                if not tries or self._progress != before or self._stood() > STOOD_S:
                     tries, limit, before = 0, time.monotonic() + PATIENCE_S, self._progress
-                begun = self._asked or (self._welcomed and self._upload is not None)
-                if not begun or time.monotonic() > limit:
+                if not self._is_worth_a_try(error, tries, limit):
                     raise self._final(error) from None
                 self._ear.say(f"{error}; trying again")
                 time.sleep(PAUSES[min(tries, len(PAUSES) - 1)] * random.uniform(0.8, 1.2))  # noqa: S311
                 tries += 1
+            except TransportError as error:
+                raise self._final(error) from None
 
-    def interrupt(self, number: int) -> None:
-        """Send the verb a signal over there, from a signal handler or another thread."""
+    def interrupt(self, number: int) -> bool:
+        """Send the verb a signal over there, from a signal handler or another thread.
+
+        False: it waits for the connection to come back.
+        """
         self._interrupted = True
-        if (channel := self._channel) is not None:  # in a thread: this one may be about to send, too
-            data = pack(Kind.SIGNAL, str(number).encode())
-            threading.Thread(target=_send_quietly, args=(channel, data), daemon=True).start()
+        if (channel := self._channel) is None:
+            self._unsent.append(number)
+            return False
+        data = pack(Kind.SIGNAL, str(number).encode())  # in a thread: this one may be about to send, too
+        threading.Thread(target=_send_quietly, args=(channel, data), daemon=True).start()
+        return True
 
     @property
     def under_way(self) -> bool:
-        """Whether the far side may have the request."""
-        return self._asked
+        """Whether the far side may have the request, and so has to be told of a signal."""
+        return self._asked and (self._request.once or self._channel is not None)
+
+    def _is_worth_a_try(self, error: TransportError, tries: int, limit: float) -> bool:
+        if self._begun:
+            return time.monotonic() < limit
+        return isinstance(error, ConnectionLost) and not isinstance(error, NotOpened) and tries < EARLY
+
+    def _stood(self) -> float:
+        """How long the connection that was lost had stood."""
+        return 0.0 if self._welcomed is None else time.monotonic() - self._welcomed
 
     @property
     def _progress(self) -> tuple[object, ...]:
         taken = self._upload.taken if self._upload is not None else 0
         return (self._asked, self._request.seen, self._request.mark, taken)
 
-    def _final(self, error: ConnectionLost) -> TransportError:
-        if self._asked and self._request.once:
-            return TransportError(f"{error}, and does not come back; what was asked goes on over there")
-        return error
+    def _final(self, error: TransportError) -> TransportError:
+        if not (self._asked and self._request.once):
+            return error
+        lost = isinstance(error, (ConnectionLost, NotReached))
+        return TransportError(f"{error}{', and does not come back' if lost else ''}; what was asked goes on over there")
 
     def _try(self) -> int:
+        self._welcomed = None
         with self._opened() as (channel, frames):
-            self._welcomed = True
+            self._welcomed = time.monotonic()
             if self._upload is not None and not self._asked:  # then it is there, whatever became of the request
+                self._begun = True
                 try:
                     self._request.code = self._upload.send(channel, self._but_errors(frames))
                 except GaveUp as error:
                     return error.status
-            self._asked = True
+            self._asked = self._begun = True
             self._output.begin()
-            channel.send(pack(Kind.REQUEST, msgspec.msgpack.encode(self._request)))
+            send(channel, pack(Kind.REQUEST, msgspec.msgpack.encode(self._request)))
             self._channel = channel
             try:
+                while self._unsent:
+                    self.interrupt(self._unsent.popleft())
                 for frame in frames:
                     if frame.kind is Kind.EXIT:
                         self._output.end()
@@ -199,7 +226,7 @@ class Visit:
             try:
                 out, err = channel.receive(None if heard else HELLO_S)
             except TimeoutError:
-                raise ConnectionLost(f"{name}: Python did not answer within {HELLO_S:.0f} s") from None
+                raise NotOpened(f"{name}: Python did not answer within {HELLO_S:.0f} s") from None
             if not out and not err:
                 break
             if heard:
@@ -263,6 +290,14 @@ def _no_door(name: str, python: str, status: int, noise: bytes, errors: bytes) -
     if status in (126, 127) or "No module named" in said or "No such file" in said:
         return NotThere(f"{name}: slurmfork is not there: no {python} that has it")
     return ConnectionLost(f"{name}: the door did not open (status {status}{': ' + said if said else ''})")
+
+
+def send(channel: Channel, data: bytes) -> None:
+    """Send to the door, which reads for as long as it lives."""
+    try:
+        channel.send(data)
+    except BrokenPipeError:
+        raise ConnectionLost("the door over there closed") from None
 
 
 def _send_quietly(channel: Channel, data: bytes) -> None:

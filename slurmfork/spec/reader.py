@@ -24,8 +24,13 @@ def load(path: str | os.PathLike[str], *, overrides: Sequence[str] = (), backend
 
     Raises SpecError with every problem found: in the file, in the overrides, or in reading the file at all.
     """
+    return loads(text_of(path), file=os.fspath(path), overrides=overrides, backend=backend)
+
+
+def text_of(path: str | os.PathLike[str]) -> str:
+    """What is in a spec file, which is read once: it may be a pipe. Raises SpecError."""
     file = os.fspath(path)
-    return loads(_text(_bytes(file), file), file=file, overrides=overrides, backend=backend)
+    return _text(_bytes(file), file)
 
 
 def loads(text: str, *, file: str | None = None, overrides: Sequence[str] = (), backend: str | None = None) -> Spec:
