@@ -67,6 +67,8 @@ class Keeper:
 
     async def start(self, node: str, argv: list[str], environment: dict[str, str], options: dict[str, Any]) -> None:
         """Start the guardian with the devices that Ray granted here; raises OSError."""
+        import asyncio
+
         import ray
 
         granted = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
@@ -88,12 +90,28 @@ class Keeper:
             )
         finally:
             os.close(log)
+        # Ray's own watch takes no raylet for dead whose children went to another than init: a systemd of the user's.
+        self.orphaned = False
+        self.raylet = os.pidfd_open(raylet := os.getppid())
+        asyncio.get_running_loop().add_reader(self.raylet, self._orphan)
+        if os.getppid() != raylet:  # it ended before we looked
+            self._orphan()
+
+    def _orphan(self) -> None:
+        """The raylet is gone, and nobody else would tell the guardian."""
+        import asyncio
+
+        asyncio.get_running_loop().remove_reader(self.raylet)
+        self.orphaned = True
+        self.guardian.send_signal(signal.SIGTERM)
 
     async def ended(self) -> int:
         """Its exit status, once it has ended."""
         import asyncio
 
         code = await asyncio.get_running_loop().run_in_executor(None, self.guardian.wait)
+        if self.orphaned:
+            os._exit(1)
         return code if code >= 0 else 128 - code
 
     async def signal(self, number: int) -> None:
