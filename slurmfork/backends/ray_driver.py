@@ -22,7 +22,8 @@ from typing import Any
 if not __package__:  # isolated mode leaves out every path of the user's, ours among them
     sys.path.append(__file__.rsplit("/", 3)[0])
 
-from slurmfork import devices, names, process
+from slurmfork import devices, names, prctl, process
+from slurmfork.agent import guardian
 from slurmfork.agent.node import CUDA, LOCAL_DEVICES
 from slurmfork.backends import ray_nodes
 from slurmfork.backends.ray_nodes import Place, RayRecord
@@ -374,7 +375,21 @@ def main(arguments: list[str]) -> int:
         for name in ("--nodes", "--gpus", "--cpus"):
             parser.add_argument(name, type=int, required=True)
         parser.add_argument("--address")
-        return launch(parser.parse_args(arguments))
+        options = parser.parse_args(arguments)
+        # Below a guardian: should this die, a cluster that it has started is ended all the same.
+        return guardian.run(lambda parent: drive(options, parent))
+    except NoNodes as error:
+        say(str(error))
+        return 1
+
+
+def drive(options: argparse.Namespace, parent: int) -> int:
+    """``launch``, as the child of a guardian, told in one line why there are no nodes."""
+    prctl.signal_at_parents_death(signal.SIGTERM)
+    if os.getppid() != parent:
+        return 128 + signal.SIGTERM
+    try:
+        return launch(options)
     except NoNodes as error:
         say(f"no nodes: {error}")
         return 1

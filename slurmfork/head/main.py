@@ -148,6 +148,8 @@ class Head:
         environment[names.HEAD] = addresses.head_variable(self._addresses, link_socket)
         environment[names.RUN_ID] = self._rundir.run_id
         environment[names.RUN_DIR] = str(self._rundir.path)
+        if self._record.backend == "ray":  # the tag by which the sweep finds the driver, and a cluster that it starts
+            environment[names.NODE] = "launcher"
         try:
             self._launcher.start(environment)
         except OSError as error:
@@ -226,6 +228,8 @@ class Head:
 
     async def _watch_launcher(self) -> None:
         await asyncio.shield(self._launcher.ended)
+        if refusal := await self._batch_log.refusal():
+            self._fail(refusal)
         self._ending.launcher_ended(_last_words(self._rundir, joined=self._members.complete.is_set()))
 
     # --- what agents and clients say
