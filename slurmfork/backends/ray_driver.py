@@ -22,7 +22,8 @@ from typing import Any
 if not __package__:  # isolated mode leaves out every path of the user's, ours among them
     sys.path.append(__file__.rsplit("/", 3)[0])
 
-from slurmfork import devices, names, process
+from slurmfork import devices, names, prctl, process
+from slurmfork.agent import guardian
 from slurmfork.agent.node import CUDA, LOCAL_DEVICES
 from slurmfork.backends import ray_nodes
 from slurmfork.backends.ray_nodes import Place, RayRecord
@@ -67,6 +68,8 @@ class Keeper:
 
     async def start(self, node: str, argv: list[str], environment: dict[str, str], options: dict[str, Any]) -> None:
         """Start the guardian with the devices that Ray granted here; raises OSError."""
+        import asyncio
+
         import ray
 
         granted = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
@@ -88,12 +91,28 @@ class Keeper:
             )
         finally:
             os.close(log)
+        # Ray's own watch takes no raylet for dead whose children went to another than init: a systemd of the user's.
+        self.orphaned = False
+        self.raylet = os.pidfd_open(raylet := os.getppid())
+        asyncio.get_running_loop().add_reader(self.raylet, self._orphan)
+        if os.getppid() != raylet:  # it ended before we looked
+            self._orphan()
+
+    def _orphan(self) -> None:
+        """The raylet is gone, and nobody else would tell the guardian."""
+        import asyncio
+
+        asyncio.get_running_loop().remove_reader(self.raylet)
+        self.orphaned = True
+        self.guardian.send_signal(signal.SIGTERM)
 
     async def ended(self) -> int:
         """Its exit status, once it has ended."""
         import asyncio
 
         code = await asyncio.get_running_loop().run_in_executor(None, self.guardian.wait)
+        if self.orphaned:
+            os._exit(1)
         return code if code >= 0 else 128 - code
 
     async def signal(self, number: int) -> None:
@@ -356,7 +375,21 @@ def main(arguments: list[str]) -> int:
         for name in ("--nodes", "--gpus", "--cpus"):
             parser.add_argument(name, type=int, required=True)
         parser.add_argument("--address")
-        return launch(parser.parse_args(arguments))
+        options = parser.parse_args(arguments)
+        # Below a guardian: should this die, a cluster that it has started is ended all the same.
+        return guardian.run(lambda parent: drive(options, parent))
+    except NoNodes as error:
+        say(str(error))
+        return 1
+
+
+def drive(options: argparse.Namespace, parent: int) -> int:
+    """``launch``, as the child of a guardian, told in one line why there are no nodes."""
+    prctl.signal_at_parents_death(signal.SIGTERM)
+    if os.getppid() != parent:
+        return 128 + signal.SIGTERM
+    try:
+        return launch(options)
     except NoNodes as error:
         say(f"no nodes: {error}")
         return 1

@@ -49,6 +49,11 @@ class BatchLog:
                     return f"the agent of {node} {how.lower()} before it joined" + (f": {log}" if log else "")
             await asyncio.sleep(LOOK_S)  # a file of a network file system announces nothing
 
+    async def refusal(self) -> str:
+        """Why the launcher got no nodes, where it has said so."""
+        await self._look()
+        return self._none
+
     async def end_of(self, node: str) -> None:
         """Wait for the launcher's word that a node's guardian has ended, and so its agent."""
         await self._look()

@@ -149,6 +149,8 @@ class Head:
         environment[names.RUN_ID] = self._rundir.run_id
         environment[names.RUN_DIR] = str(self._rundir.path)
         environment[names.ISOLATION] = self._spec.isolation
+        if self._record.backend == "ray":  # the tag by which the sweep finds the driver, and a cluster that it starts
+            environment[names.NODE] = "launcher"
         try:
             self._launcher.start(environment)
         except OSError as error:
@@ -228,6 +230,8 @@ class Head:
 
     async def _watch_launcher(self) -> None:
         await asyncio.shield(self._launcher.ended)
+        if refusal := await self._batch_log.refusal():
+            self._fail(refusal)
         self._ending.launcher_ended(_last_words(self._rundir, joined=self._members.complete.is_set()))
 
     # --- what agents and clients say
