@@ -417,7 +417,7 @@ def test_a_damaged_run_does_not_hide_the_others(say: Any, root: Path) -> None:
     [
         ("end.json", '{"x', "end.json is damaged"),
         ("head.json", "[]", "head.json is damaged"),
-        ("run.json", '"backend": "ray"', "unknown backend 'ray'"),
+        ("run.json", '"backend": "cloud"', "unknown backend 'cloud'"),
     ],
 )
 def test_one_bad_run_is_unknown_and_keeps_nothing_from_the_others(
