@@ -96,6 +96,8 @@ def test_by_steps_of_the_job(shell: Shell, cluster: MiniCluster) -> None:
             process.send(one, signal.SIGCONT)
 
     shell.json("cancel", run_id)
+    by_srun = ("ps", run_id, "--probe", "--via", "srun")
+    wait_until(lambda: shell.call(*by_srun).returncode == 1, "Slurm to take no more steps of the job")
     found = probe(shell, run_id, "--via", "srun", status=1)
     assert not any(node["ok"] for node in found["nodes"])
     assert all(node["reason"].startswith("srun: ") for node in found["nodes"])
