@@ -25,7 +25,6 @@ from slurmfork.errors import ConfigError, one_line
 from slurmfork.spec import sbatch
 
 if TYPE_CHECKING:
-    from slurmfork.remote.ssh import SshTransport
     from slurmfork.remote.terminal import Terminal
     from slurmfork.remote.transport import Transport
 
@@ -145,8 +144,13 @@ def transport_of(
         from slurmfork.remote.openssh import OpenSshTransport
 
         return OpenSshTransport(cluster.host, name=name, options=_ssh_options(cluster))
+    from slurmfork.remote.lean import lean
+
+    with lean():
+        from slurmfork.remote.ssh import SshTransport
+
     listeners: dict[str, Any] = {"tell": tell, "accept": accept}
-    return _ssh_transport()(
+    return SshTransport(
         cluster.host,
         user=cluster.user,
         port=cluster.port,
@@ -157,19 +161,6 @@ def transport_of(
         terminal=terminal,
         **{key: listener for key, listener in listeners.items() if listener is not None},
     )
-
-
-def _ssh_transport() -> type[SshTransport]:
-    """paramiko alone. What it imports for `Match exec` takes as long as all the rest; `SshConfig` does when it must."""
-    before = sys.modules.get("invoke")
-    if before is None:
-        sys.modules["invoke"] = None  # type: ignore[assignment]
-    try:
-        from slurmfork.remote.ssh import SshTransport
-    finally:
-        if before is None:
-            del sys.modules["invoke"]
-    return SshTransport
 
 
 def is_here(cluster: Cluster) -> bool:

@@ -8,6 +8,8 @@ import pwd
 import socket
 from pathlib import Path
 
+from slurmfork.remote.lean import lean
+
 
 def own_name() -> str:
     """This user's name, as the system knows it; what the environment says may be somebody else's."""
@@ -21,7 +23,8 @@ def is_this_machine(host: str, user: str | None) -> bool:
     """Whether ``ssh host`` would lead to this user on this machine, whatever ~/.ssh/config calls it."""
     if not (Path.home() / ".ssh" / "config").exists():
         return user in (None, own_name()) and _is_ours(host)
-    from slurmfork.remote.sshconfig import PORT, Hop, SshConfig
+    with lean():
+        from slurmfork.remote.sshconfig import PORT, Hop, SshConfig
 
     settings = SshConfig().settings(Hop(host, user))
     straight = settings.port == PORT and not settings.jumps and settings.proxy_command is None

@@ -29,7 +29,7 @@ _EXEC = re.compile(r"^\s*match\b.*\bexec\b", re.IGNORECASE | re.MULTILINE)
 
 
 def _have_match_exec() -> None:
-    """paramiko runs the commands of `Match exec` by another library, which it was imported without: see clusters."""
+    """paramiko runs the commands of `Match exec` by another library, which it was imported without."""
     import invoke
     import paramiko.config
 
