@@ -500,6 +500,18 @@ def test_a_network_that_is_away_comes_back(visitor: Visitor, waiting: tuple[Visi
     assert ended == []
 
 
+def test_a_door_that_waits_leaves_the_disk_in_peace(visitor: Visitor, waiting: tuple[Visit, list[object]]) -> None:
+    def reads() -> int:
+        assert visitor.way.channel is not None
+        words = Path(f"/proc/{visitor.way.channel._process.pid}/io").read_text().split()
+        return int(words[words.index("syscr:") + 1])
+
+    time.sleep(5.0)
+    before = reads()
+    time.sleep(2.0)
+    assert 0 < reads() - before < 120
+
+
 def test_one_that_stays_away_is_told_with_what_goes_on(
     visitor: Visitor, waiting: tuple[Visit, list[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,8 @@ from slurmfork.version import __version__
 if TYPE_CHECKING:
     from slurmfork.remote.reception import Reception
 
-POLL_S = 0.02  # between two looks at the files of an errand
+POLL_S = (0.02, 0.2)  # between two looks at the files of an errand: the longer it has been quiet, the longer
+QUIET = 0.05  # of the time that it has been quiet
 PIECE = 65_536
 ABANDONED_S = 300.0  # without a client, what was to be followed (`run`) is told that its terminal is gone
 LOGIN_S = 15.0
@@ -188,16 +189,19 @@ class Door:
     def _follow(self, request: Request, place: Spool) -> int:
         at = dict(zip(("out", "err"), request.seen, strict=True))
         kinds = {"out": Kind.OUTPUT, "err": Kind.ERRORS}
+        heard = time.monotonic()
         while True:
             status = place.status()
             for name, kind in kinds.items():
                 while data := place.read(name, at[name]):
                     at[name] += len(data)
                     self._tell(kind, data)
+                    heard = time.monotonic()
             if status is not None:
                 _reap()
                 return status
-            if select.select([0], [], [], POLL_S)[0]:
+            pause = min(max(QUIET * (time.monotonic() - heard), POLL_S[0]), POLL_S[1])
+            if select.select([0], [], [], pause)[0]:
                 for frame in self._read():
                     self._note(frame.kind, frame.data)
             if self._signals and (pid := place.pid()) is not None:
