@@ -16,7 +16,7 @@ import pytest
 from sshd import Servers, Sshd, await_true
 from test_ssh import MEGABYTE, echo  # noqa: F401
 
-from slurmfork.errors import ConnectionLost, TransportError
+from slurmfork.errors import ConnectionLost, NotReached, TransportError
 from slurmfork.remote.openssh import OpenSshTransport
 from slurmfork.remote.transport import run
 
@@ -109,7 +109,7 @@ def test_a_connection_from_over_there(over: OpenSshTransport, echo: int, shared:
 
 
 def test_none_yet(shared: Shared) -> None:
-    with pytest.raises(TransportError) as caught:
+    with pytest.raises(NotReached) as caught:
         run(shared.transport(), ["true"])
     opening = f"`ssh -fNM -S {shared.path} -F {shared.config} it`"
     assert str(caught.value) == f"there is no shared connection to it yet: {opening} opens it"
@@ -129,7 +129,7 @@ def test_one_that_is_gone(shared: Shared) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(shared.path))
     shared.path.chmod(0o600)
-    with pytest.raises(TransportError, match="is gone: `ssh -fNM"):
+    with pytest.raises(NotReached, match="is gone: `ssh -fNM"):
         run(shared.transport(), ["true"])
     assert shared.connections() == 0
     shared.path.unlink()

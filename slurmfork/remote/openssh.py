@@ -20,7 +20,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slurmfork.errors import ConnectionLost, NotOpened, TransportError, one_line
+from slurmfork.errors import ConnectionLost, NotOpened, NotReached, TransportError, one_line
 from slurmfork.remote.local import ProcessChannel, popen
 from slurmfork.remote.quoting import command_line
 
@@ -209,7 +209,7 @@ class OpenSshTransport:
         if self._path is None:
             done = self._ask("-O", "check", "-o", f"ControlPath={path}")
             if done.returncode != 0:
-                raise TransportError(f"the shared connection to {self.name} is gone: `{self._opening()}` opens it")
+                raise NotReached(f"the shared connection to {self.name} is gone: `{self._opening()}` opens it")
             self._path = path
         return path
 
@@ -231,7 +231,7 @@ class OpenSshTransport:
             facts = path.lstat()
             around = path.parent.stat()
         except OSError:
-            raise TransportError(
+            raise NotReached(  # who had one, and was asked for more, may open another
                 f"there is no shared connection to {self.name} yet: `{self._opening(path)}` opens it"
             ) from None
         if not stat.S_ISSOCK(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
