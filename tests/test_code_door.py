@@ -212,7 +212,7 @@ def test_a_store_that_cannot_be_written_is_one_line(sender: Sender) -> None:
     sender.store.path.write_text("in the way")
     assert sender.send() == 1
     assert sender.visitor.err.decode().count("\n") == 1
-    assert b"is not a directory of this user" in sender.visitor.err
+    assert b"is not a directory that only you can write to" in sender.visitor.err
     assert sender.visitor.way.opened == 1
 
 
