@@ -175,11 +175,12 @@ def is_here(cluster: Cluster) -> bool:
 def python_there(cluster: Cluster) -> list[str]:
     """The Python that runs slurmfork on the login node, as the first words of a command.
 
-    A path below the home directory is looked for there, wherever the login shell may have gone.
+    A path below the home directory is looked for there, wherever the login shell may have gone. A cluster that is
+    here has this very slurmfork, where its profile names no other.
     """
     python = cluster.python or PYTHON_THERE
     if is_here(cluster):
-        return [str(Path.home() / Path(python).expanduser())]
+        return [str(Path.home() / Path(python).expanduser()) if cluster.python else sys.executable]
     if python.startswith("/"):
         return [python]
     return ["sh", "-c", 'exec "$HOME/$0" "$@"', python.removeprefix("~/")]

@@ -66,7 +66,7 @@ def request(*words: str, profile: Cluster | None = None) -> Request:
         command = cli.get_command(outer, words[0])
         assert command is not None
         with command.make_context(words[0], list(words[1:]), parent=outer) as context:
-            return elsewhere._request(context, profile or Cluster(host="x"))[0]
+            return elsewhere._request(context, "big", profile or Cluster(host="x"))[0]
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,8 @@ class Code(Section, kw_only=True, frozen=True):
     # What a text in place of keys and values is.
     short: ClassVar[str] = "path"
 
-    # The directory, relative to the spec.
-    path: str
+    # The directory, relative to the spec; left out: the one that the spec is in.
+    path: str = "."
     # Patterns, as in a .gitignore, of what is sent although .gitignore leaves it out.
     include: list[str] = field(default_factory=list)
     # Patterns, as in a .gitignore, of what is not sent, whoever says otherwise.
