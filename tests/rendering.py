@@ -137,7 +137,8 @@ class Stage:
     @property
     def launcher_and_sweep(self) -> tuple[list[str], list[str]]:
         """The two command lines that the head was given."""
-        words = self.seen["argv"][4:]
+        words = self.seen["argv"]
+        words = words[words.index("--") + 1 :]
         end = words.index("--sweep")
         return words[:end], words[end + 1 :]
 

@@ -174,12 +174,11 @@ def test_hostile_values_arrive_and_run_nothing(tmp_path: Path, backend: str, kin
     assert done.returncode == 0, done.stderr
     assert stage.seen["env"]["SLURMFORK_RUN_ID"] == text
     assert stage.seen["env"]["SLURMFORK_RUN_DIR"] == str(stage.run_dir)
-    assert stage.seen["argv"][:4] == [
-        str(stage.package / "head" / "__main__.py"),
-        "--run-dir",
-        str(stage.run_dir),
-        "--",
-    ]
+    program, *options, parent, dashes = stage.seen["argv"][:6]
+    assert program == str(stage.package / "head" / "__main__.py")
+    assert options == ["--run-dir", str(stage.run_dir), "--parent"]
+    assert parent.isdecimal()
+    assert dashes == "--"
     assert not canary.exists()
     assert not list(tmp_path.glob("**/canary"))
 
