@@ -92,6 +92,11 @@ RANKS = frozenset(
 )
 # What a worker is told of itself by other names than ours: a run that it submits must not take it for its own.
 WORKERS_OWN = RANKS | {"NOTIFY_SOCKET", "TMPDIR"}
+# How an MPI library's launcher, srun among them, tells a process which task of its step it is.
+LAUNCHED_PATTERN = re.compile(
+    r"PMI2?_(?:RANK|SIZE|FD|ID|PORT|JOBID|SPAWNED|LOCAL_RANK|LOCAL_SIZE)|PMIX_(?:RANK|NAMESPACE|SERVER_\w+)"
+    r"|OMPI_(?:COMM_WORLD_\w+|UNIVERSE_SIZE|APP_CTX_\w+)|MV2_COMM_WORLD_\w+|MPI_LOCAL(?:RANKID|NRANKS)"
+)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,38}[A-Za-z0-9])?")
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,46}[A-Za-z0-9])?")

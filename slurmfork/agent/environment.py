@@ -21,9 +21,7 @@ NOTIFY_SOCKET = "NOTIFY_SOCKET"
 _TASK = re.compile(
     r"""SLURM_(?:PROCID|LOCALID|GTIDS|TASK_PID|NTASKS|NPROCS|NTASKS_PER_\w+|TASKS_PER_NODE|STEPID|STEP_ID
         |STEP_(?:NUM_\w+|TASKS_PER_NODE|NODELIST|LAUNCHER_\w+)|LAUNCH_NODE_IPADDR|SRUN_COMM_\w+|MPI_TYPE
-        |PMI\w*|CPU_BIND\w*|MEM_BIND\w*|DISTRIBUTION|STD(?:IN|OUT|ERR)MODE)
-    |PMI2?_(?:RANK|SIZE|FD|ID|PORT|JOBID|SPAWNED|LOCAL_RANK|LOCAL_SIZE)|PMIX_(?:RANK|NAMESPACE|SERVER_\w+)
-    |OMPI_(?:COMM_WORLD_\w+|UNIVERSE_SIZE|APP_CTX_\w+)|MV2_COMM_WORLD_\w+|MPI_LOCAL(?:RANKID|NRANKS)""",
+        |PMI\w*|CPU_BIND\w*|MEM_BIND\w*|DISTRIBUTION|STD(?:IN|OUT|ERR)MODE)""",
     re.VERBOSE,
 )
 _RANK = re.compile(r"(?:LOCAL_|NODE_|GROUP_|ROLE_|CROSS_)?(?:RANK|WORLD_SIZE)|MASTER_(?:ADDR|PORT)|TORCHELASTIC_\w+")
@@ -54,7 +52,7 @@ def inherited(environment: Mapping[str, str]) -> dict[str, str]:
 def _withheld(name: str) -> bool:
     if name in _OURS or name in _WITHIN or name.startswith("SLURMFORK_GUARDIAN_"):
         return True
-    return bool(_TASK.fullmatch(name) or _RANK.fullmatch(name))
+    return any(pattern.fullmatch(name) for pattern in (_TASK, _RANK, names.LAUNCHED_PATTERN))
 
 
 def slice_of(devices: Sequence[Device], positions: Sequence[int]) -> list[Device]:
