@@ -77,6 +77,7 @@ DRESSED = "SLURMFORK_DRESSED"  # names of variables that tell of a terminal else
 KILL_WAIT = "SLURMFORK_KILL_WAIT"
 ISOLATION = "SLURMFORK_ISOLATION"
 DEVICE_FILES = "SLURMFORK_DEVICE_FILES"
+SHARES = "SLURMFORK_SHARES"  # what the spec asked for of GPUs that others are on, too
 # What torchrun tells each of its workers, and so do we.
 RANKS = frozenset(
     {
