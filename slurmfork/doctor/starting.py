@@ -137,7 +137,8 @@ def mpi(site: Site) -> Check | None:
 
 def binding(site: Site) -> Check | None:
     """A default by which one task gets one core."""
-    found = [word for word in site.words("TaskPluginParam") if word.startswith("autobind")]
+    words = site.words("TaskPluginParam")
+    found = [f"autobind={words[word]}" for word in words if word == "autobind"]
     found += [f"CpuBind={one['CpuBind']}" for one in site.partitions if one.get("CpuBind", "none").lower() != "none"]
     if not found:
         return None

@@ -106,7 +106,7 @@ slurmfork_sweep=()
 # A job whose GPUs were asked for by task gives our one task a node those of one task alone, unless told otherwise.
 slurmfork_gpus=()
 case ${SLURM_GPUS_PER_TASK:-}:${SLURM_TRES_PER_TASK:-} in
-  [0-9a-z]*:* | *gpu*) slurmfork_gpus=(--gpus-per-node="${SLURM_GPUS_ON_NODE:-0}") ;;
+  [0-9a-z]*:* | *gpu*) slurmfork_gpus=(${SLURM_GPUS_ON_NODE:+--gpus-per-node="$SLURM_GPUS_ON_NODE"}) ;;
 esac
 # srun obeys many variables, of this job, of a shell in another job, and of the site. Those that would change what
 # the agents get are unset; what the agents get is said in full below.
@@ -118,7 +118,7 @@ unset "${!SRUN_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
   SLURM_NCORES_PER_SOCKET SLURM_HINT SLURM_DISTRIBUTION SLURM_EXACT SLURM_EXCLUSIVE SLURM_OVERLAP \
   SLURM_OVERCOMMIT SLURM_EXTERNAL_LAUNCHER SLURM_EXPORT_ENV SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE \
   SLURM_STDERRMODE SLURM_KILL_BAD_EXIT SLURM_WAIT SLURM_NO_KILL SLURM_MULTI SLURM_MPI_TYPE SLURM_TIMELIMIT \
-  SLURM_RESV_PORTS SLURM_REMOTE_CWD SLURM_WORKING_DIR SLURM_TASK_PROLOG SLURM_STEPMGR SLURM_CLUSTERS
+  SLURM_RESV_PORTS SLURM_REMOTE_CWD SLURM_WORKING_DIR SLURM_TASK_PROLOG SLURM_CLUSTERS
 export SLURM_OOM_KILL_STEP=0 # a worker out of memory is one worker's end, not the whole node's
 
 # For the head to know how long it has after a SIGTERM from Slurm.
