@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,3 +187,27 @@ def test_a_template_that_makes_an_array_is_told_why_not(shell: Shell, cluster: M
     wait_until(lambda: log.exists() and log.read_text().count("is an array: one run is one job") == 2, "the refusals")
     assert not list((shell.root / run_id / "agents").iterdir())
     wait_until(lambda: shell.status(run_id)["state"] == "failed", "the run to have failed", 120)
+
+
+def test_a_uid_that_the_machine_does_not_know(shell: Shell) -> None:
+    """In a user namespace, where this user is another number, and has no home by the system's word."""
+    spec = shell.spec("name: nobody\nroles: {a: {command: 'true'}}\n")
+    number = ["unshare", "--user", "--map-user=54321", "--map-group=54321", "env", "-u", "HOME", "-u", "USER"]
+    own = [*number, "-u", "LOGNAME", shell.python, "-m", "slurmfork"]
+
+    def call(*words: str, rootless: bool = False) -> subprocess.CompletedProcess[str]:
+        env = {name: value for name, value in shell.env.items() if not (rootless and name == "SLURMFORK_ROOT")}
+        return subprocess.run([*own, *words], env=env, capture_output=True, text=True, timeout=120, check=False)
+
+    if subprocess.run([*number, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces here")
+    homeless = call("submit", str(spec), "--backend", "local", rootless=True)
+    told = "slurmfork: uid 54321 has no home directory here: set HOME, and --root for runs\n"
+    assert (homeless.returncode, homeless.stderr) == (2, told)
+    done = call("submit", str(spec), "--backend", "local", "--json")
+    assert done.returncode == 0, done.stderr
+    run_id = json.loads(done.stdout)["run_id"]
+    assert call("wait", run_id).returncode == 0
+    assert json.loads((shell.root / run_id / "run.json").read_text())["user"] == "54321"
+    found = {check["name"]: check for check in json.loads(call("doctor", "-b", "local", "--json").stdout)["checks"]}
+    assert found["account"]["detail"] == "uid 54321 has no name on this machine"

@@ -61,9 +61,7 @@ def granted(environment: Mapping[str, str], *, places: Path = DEVICES) -> Grant:
             notes = (f"no variable names the {count} GPUs granted here; by Slurm's own numbers they are {shown}",)
     if named == LOCAL_DEVICES or not (kind := _share(environment)):
         return Grant(found, amd=amd, variables=variables, notes=notes)
-    note = (
-        f"granted {kind} of GPU {_shown(found)}, which all workers see: no GPU is whole, as roles with `gpus` need"
-    )
+    note = f"granted {kind} of GPU {_shown(found)}, which all workers see: no GPU is whole, as roles with `gpus` need"
     return Grant(shared=found, amd=amd, variables=variables, notes=(note,))
 
 

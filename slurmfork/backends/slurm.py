@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from slurmfork import account
 from slurmfork.backends import slurm_records
 from slurmfork.backends.base import PATIENCE_S, Check, Job, JobReport
 from slurmfork.backends.queue import GONE, Queue, shared_directory
@@ -67,7 +68,7 @@ class SlurmBackend:
             raise BackendError(_refusal(answer, request))
         job_id, cluster = found[-1]  # a site's wrapper may print before it
         submitted = _submit_time(job_id, cluster)
-        notes = [*([answer.words] if answer.words else []), *ignored(spec, os.environ)]
+        notes = [*([answer.words] if answer.words else []), *_nameless(), *ignored(spec, os.environ)]
         return Job(job_id=job_id, cluster=cluster or None, submitted=submitted, notes=notes)
 
     def started(self, rundir: RunDir) -> str | None:
@@ -126,6 +127,14 @@ def _submit_time(job_id: str, cluster: str | None) -> float:
     answer = ask([*of_cluster("scontrol", cluster), "show", "job", job_id], timeout=_SUBMIT_TIME_S)
     entry = slurm_records.from_scontrol(job_id, answer.output) if answer.ok else None
     return entry.submitted if entry and entry.submitted else now
+
+
+def _nameless() -> list[str]:
+    """Slurm takes jobs of a uid that nobody knows, and queues them again and again."""
+    if account.known_name():
+        return []
+    uid = os.geteuid()
+    return [f"uid {uid} has no name on this machine: where slurmctld has none for it either, the job never starts"]
 
 
 def _refusal(answer: Answer, request: Request) -> str:
