@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import msgspec
 
+from slurmfork import account
 from slurmfork.errors import ConfigError, one_line
 from slurmfork.spec import sbatch
 
@@ -56,7 +57,7 @@ def config_file() -> Path:
     named = os.environ.get("SLURMFORK_CONFIG")
     if named:
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "slurmfork" / "config.toml"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or account.home() / ".config") / "slurmfork" / "config.toml"
 
 
 def read(file: Path | None = None) -> dict[str, Cluster]:
@@ -180,7 +181,7 @@ def python_there(cluster: Cluster) -> list[str]:
     """
     python = cluster.python or PYTHON_THERE
     if is_here(cluster):
-        return [str(Path.home() / Path(python).expanduser()) if cluster.python else sys.executable]
+        return [str(account.home() / Path(python).expanduser()) if cluster.python else sys.executable]
     if python.startswith("/"):
         return [python]
     return ["sh", "-c", 'exec "$HOME/$0" "$@"', python.removeprefix("~/")]

@@ -14,6 +14,8 @@ from pathlib import Path
 from slurmfork.errors import PlanError
 
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+# All by which Slurm, or an agent, grants devices to a process.
+GRANTS = (*VARIABLES, "GPU_DEVICE_ORDINAL", "HIP_VISIBLE_DEVICES", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
 
 
 def present(environment: Mapping[str, str]) -> list[str]:

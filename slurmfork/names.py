@@ -77,6 +77,7 @@ DRESSED = "SLURMFORK_DRESSED"  # names of variables that tell of a terminal else
 KILL_WAIT = "SLURMFORK_KILL_WAIT"
 ISOLATION = "SLURMFORK_ISOLATION"
 DEVICE_FILES = "SLURMFORK_DEVICE_FILES"
+SHARES = "SLURMFORK_SHARES"  # what the spec asked for of GPUs that others are on, too
 # What torchrun tells each of its workers, and so do we.
 RANKS = frozenset(
     {
@@ -92,6 +93,11 @@ RANKS = frozenset(
 )
 # What a worker is told of itself by other names than ours: a run that it submits must not take it for its own.
 WORKERS_OWN = RANKS | {"NOTIFY_SOCKET", "TMPDIR"}
+# How an MPI library's launcher, srun among them, tells a process which task of its step it is.
+LAUNCHED_PATTERN = re.compile(
+    r"PMI2?_(?:RANK|SIZE|FD|ID|PORT|JOBID|SPAWNED|LOCAL_RANK|LOCAL_SIZE)|PMIX_(?:RANK|NAMESPACE|SERVER_\w+)"
+    r"|OMPI_(?:COMM_WORLD_\w+|UNIVERSE_SIZE|APP_CTX_\w+)|MV2_COMM_WORLD_\w+|MPI_LOCAL(?:RANKID|NRANKS)"
+)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,38}[A-Za-z0-9])?")
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,46}[A-Za-z0-9])?")

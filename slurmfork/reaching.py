@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slurmfork import names
-from slurmfork.backends.slurm_commands import environment
+from slurmfork.backends.slurm_environment import environment
 from slurmfork.errors import UsageError, one_line
 
 HERE, SSH, SRUN = "here", "ssh", "srun"

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from slurmfork import hints, names
+from slurmfork import account, hints, names
 from slurmfork.errors import RunDirError, RunNotFound, UsageError
 
 T = TypeVar("T")
@@ -291,7 +291,7 @@ def check_private(path: Path) -> None:
 def default_root() -> Path:
     """SLURMFORK_ROOT, or ~/.slurmfork/runs: where run directories live."""
     value = os.environ.get(names.ROOT)
-    return _place(value) if value else Path.home() / ".slurmfork" / "runs"
+    return _place(value) if value else account.home() / ".slurmfork" / "runs"
 
 
 def root_of(given: str | os.PathLike[str] | None) -> Path:

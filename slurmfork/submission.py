@@ -5,7 +5,6 @@ Where the scheduler did not say whether it took the job, the run directory stays
 
 from __future__ import annotations
 
-import getpass
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from slurmfork import backends, hints, installation, rundir
+from slurmfork import account, backends, hints, installation, rundir
 from slurmfork.errors import Unanswered, UsageError
 from slurmfork.run import Run
 from slurmfork.rundir import RunDir, RunRecord
@@ -70,7 +69,7 @@ def submit(
         backend=spec.backend,
         submitted=time.time(),
         cwd=str(directory.code if provision else Path.cwd()),
-        user=getpass.getuser(),
+        user=account.name(),
         nodes=asked.nodes,
         requeue=spec.requeue and spec.backend == "slurm",
         code=provision.record if provision else None,

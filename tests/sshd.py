@@ -25,7 +25,7 @@ import psutil
 import pytest
 from cluster import demanded
 
-from slurmfork.remote.places import own_name
+from slurmfork import account
 
 LIMIT_S = 30.0
 NEEDED = {"sshd": "openssh-server", "ssh": "openssh-client", "csh": "csh", "fish": "fish"}
@@ -308,7 +308,7 @@ def login() -> Iterator[str]:
     """Who logs in: as root a throwaway user. Tests kill sessions in the middle of anything, and what start-up files of
     a real account do then (take locks, for instance) is not to be left half done."""
     if os.getuid() != 0:
-        yield own_name()
+        yield account.name()
         return
     made = User()
     yield made.name

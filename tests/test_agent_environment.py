@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from slurmfork.agent import environment, node
 from slurmfork.agent.environment import inherited, of_worker
-from slurmfork.agent.node import Node, granted_devices, here
+from slurmfork.agent.grant import granted
+from slurmfork.agent.node import Node, here
 from slurmfork.errors import UsageError
 from slurmfork.messages import Device
 from slurmfork.orders import Order
@@ -25,6 +27,7 @@ def a_node(*devices: Device, amd: bool = False, **variables: str) -> Node:
         devices=devices,
         environment=variables,
         amd=amd,
+        variables=granted(variables).variables,
     )
 
 
@@ -56,6 +59,7 @@ def test_a_worker_is_told_who_and_where_it_is() -> None:
         "SLURMFORK_AGENT": "/s/agent.sock",
         "SLURMFORK_TARGET": "actor/3",
         "CUDA_VISIBLE_DEVICES": "5,7",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     }
 
 
@@ -147,11 +151,44 @@ def test_a_device_that_was_not_granted_is_an_error() -> None:
         ({"ZE_AFFINITY_MASK": "0.0,0.1"}, ("0.0", "0.1")),
         ({"SLURMFORK_LOCAL_DEVICES": "1,2", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, (1, 2)),
         ({"SLURMFORK_LOCAL_DEVICES": "", "CUDA_VISIBLE_DEVICES": "0"}, ()),
+        ({"GPU_DEVICE_ORDINAL": "2,3"}, (2, 3)),
+        ({"SLURM_STEP_GPUS": "2,3", "SLURM_GPUS_ON_NODE": "2"}, (2, 3)),
+        ({"SLURM_STEP_GPUS": "2,3", "CUDA_VISIBLE_DEVICES": "0,1"}, (0, 1)),
         ({}, ()),
     ],
 )
 def test_granted_devices_are_read_as_they_are_given(variables: dict[str, str], devices: tuple[Device, ...]) -> None:
-    assert granted_devices(variables) == devices
+    assert granted(variables).devices == devices
+
+
+def test_a_program_that_knows_opencl_alone_gets_its_own_where_that_is_all_that_slurm_says() -> None:
+    found = worker_environment(a_node(2, 3, GPU_DEVICE_ORDINAL="2,3"), devices=[1])
+    assert found["GPU_DEVICE_ORDINAL"] == "3"
+    both = a_node(2, 3, GPU_DEVICE_ORDINAL="0,1", CUDA_VISIBLE_DEVICES="2,3")
+    assert "GPU_DEVICE_ORDINAL" not in worker_environment(both, devices=[1])
+
+
+def test_slurms_own_numbers_are_taken_where_it_names_devices_to_nobody(tmp_path: Path) -> None:
+    said = {"SLURM_STEP_GPUS": "2,3", "SLURM_GPUS_ON_NODE": "2"}
+    (tmp_path / "nvidia0").touch()  # another's, that can be opened: so ours are not counted from 0
+    found = granted(said, places=tmp_path)
+    assert found.devices == (2, 3)
+    assert found.notes[0].endswith("by Slurm's own numbers they are 2,3")
+
+
+def test_amd_s_devices_are_told_by_their_driver_where_slurm_names_no_vendor(tmp_path: Path) -> None:
+    (tmp_path / "kfd").touch()
+    found = granted({"SLURM_STEP_GPUS": "1", "SLURM_GPUS_ON_NODE": "1"}, places=tmp_path)
+    assert (found.amd, found.devices, found.variables) == (True, (1,), ("ROCR_VISIBLE_DEVICES",))
+
+
+@pytest.mark.parametrize("given", [{"SLURM_SHARDS_ON_NODE": "2"}, {"SLURMFORK_SHARES": "mps:50"}])
+def test_a_part_of_a_gpu_is_no_device_of_a_workers_own_and_all_see_it(given: dict[str, str]) -> None:
+    found = granted({"CUDA_VISIBLE_DEVICES": "1", "SLURM_GPUS_ON_NODE": "1", **given})
+    assert (found.devices, found.shared) == ((), (1,))
+    assert "no GPU is whole" in found.notes[0]
+    node = a_node(CUDA_VISIBLE_DEVICES="1")
+    assert worker_environment(replace(node, shared=found.shared))["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ import pytest
 
 from slurmfork import process
 from slurmfork.backends.local import LocalJob
-from slurmfork.cli import doctor, output
 from slurmfork.cli import main as door
+from slurmfork.cli import output
 from slurmfork.cli.group import cli
 from slurmfork.cli.main import GROUPS, SECTIONS, VERBS, main
 from slurmfork.cli.options import Seconds
+from slurmfork.doctor import machine
 from slurmfork.errors import BackendError, PlanError, Problem, Refused, SpecError, UsageError
 from slurmfork.messages import NodeView, StatusView, WorkerCounts, WorkerView
 from slurmfork.names import RunState, WorkerState
@@ -698,7 +699,7 @@ def test_doctor_s_packages_are_those_of_setup_cfg() -> None:
     config.read(REPOSITORY / "setup.cfg")
     lines = config["options"]["install_requires"].split()
     everywhere = [line for line in lines if ";" not in line]
-    assert dict(line.split(">=") for line in everywhere) == doctor.PACKAGES
+    assert dict(line.split(">=") for line in everywhere) == machine.PACKAGES
 
 
 # --- small things

@@ -15,12 +15,11 @@ import pytest
 from sshd import Servers, Sshd, keygen, on_terminal
 from test_ssh_trust import fingerprint_of, nobody_tried
 
-from slurmfork import clusters
+from slurmfork import account, clusters
 from slurmfork.clusters import Cluster
 from slurmfork.errors import ConfigError
 from slurmfork.remote.local import LocalTransport
 from slurmfork.remote.openssh import OpenSshTransport
-from slurmfork.remote.places import own_name
 from slurmfork.remote.ssh import SshTransport
 from slurmfork.remote.transport import run
 
@@ -156,7 +155,7 @@ def test_which_way_to_a_cluster(config: Path, client: Path) -> None:
 
     here = ["localhost", socket.gethostname(), "127.0.0.1", "127.0.1.7"]
     assert [way(host=host) for host in here] == [LocalTransport] * 4
-    assert way(host="localhost", user=own_name()) is LocalTransport
+    assert way(host="localhost", user=account.name()) is LocalTransport
     assert way(host="localhost", user="somebody") is SshTransport
     assert way(host="localhost", port=2222) is SshTransport
     assert way(host="localhost", proxy_jump="x") is SshTransport

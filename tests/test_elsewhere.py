@@ -14,7 +14,7 @@ import pytest
 from processes import PATIENCE, wait_until
 from running import Shell
 
-from slurmfork.backends.slurm_commands import environment_of_job
+from slurmfork.backends.slurm_environment import environment_of_job
 from slurmfork.cli import elsewhere
 from slurmfork.cli.group import cli
 from slurmfork.clusters import Cluster

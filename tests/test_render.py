@@ -61,6 +61,13 @@ def test_own_options_come_out_and_take_the_place_of_the_derived() -> None:
     assert sum(one.startswith("--gpus-per-node") for one in found) == 1
 
 
+@pytest.mark.parametrize(("gres", "asked"), [("nvme:1", True), ("gpu:a100:8", False), ("gpu", False)])
+def test_other_gres_do_not_stand_for_the_gpus_that_roles_need(gres: str, asked: bool) -> None:
+    found = directives(gres=gres)
+    assert ("--gpus-per-node=8" in found) == asked
+    assert f"--gres={gres}" in found
+
+
 def test_lists_are_joined_and_false_is_left_out() -> None:
     found = directives(nodelist=["n1", "n2"], exclusive=False, qos=None)
     assert "--nodelist=n1,n2" in found

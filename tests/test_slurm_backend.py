@@ -198,10 +198,11 @@ def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor(site: Site) -> None:
     found = {check.name: check for check in site.backend.check()}
     assert all(check.ok for check in found.values())
-    assert "linuxproc" in found["process tracking"].detail
-    assert "KillWait is 5 s" in found["grace"].detail
+    assert found["process tracking"].detail == "proctrack/linuxproc"
+    assert found["grace"].detail == "KillWait is 5 s"
     assert "disabled" in found["accounting"].detail
-    assert "gpu: 2 nodes" in found["partitions"].detail
+    assert "gpu*: 2 nodes, up" in found["partitions"].detail
+    assert "mode CANCEL" in found["preemption"].detail
 
 
 # --- what is told

@@ -9,7 +9,8 @@ from rendering import make_spec
 
 from slurmfork.backends import slurm_records
 from slurmfork.backends.base import Job
-from slurmfork.backends.slurm_commands import environment, environment_of_job, one_line
+from slurmfork.backends.slurm_commands import one_line
+from slurmfork.backends.slurm_environment import environment, environment_of_job
 from slurmfork.backends.slurm_options import ignored
 from slurmfork.backends.slurm_records import Entry, from_sacct, from_scontrol, from_squeue
 from slurmfork.backends.slurm_reports import is_same, latest_of, report_of

@@ -475,6 +475,13 @@ RULES = [
     (top("slurm: {gpus-per-node: many}"), 2, "slurm.gpus-per-node", "'many' is not a number, or type:number"),
     (top("slurm: {gres: 'gpu:a100:x'}"), 2, "slurm.gres", "is not gpu:number"),
     (top("slurm: {gres: 'gpu:8', gpus-per-node: 8}"), 2, "slurm.gres", "asked for twice"),
+    (
+        role("gpus: 1\n") + "slurm: {gres: 'nvme:1,shard:2'}\n",
+        6,
+        "slurm.gres",
+        "shard:2 is a part of a GPU that others",
+    ),
+    (role("gpus: 1\n") + "slurm: {gres: 'mps:50'}\n", 6, "slurm.gres", "and the role a needs whole GPUs"),
     (top("slurm: {cpus-per-task: 0}"), 2, "slurm.cpus-per-task", "must be 1 or more"),
     (top("slurm: {cpus-per-task: 4, cpus-per-gpu: 4}"), 2, "slurm.cpus-per-gpu", "asked for twice"),
     (top("slurm: {cpus-per-gpu: x, gres: gpu:2}"), 2, "slurm.cpus-per-gpu", "'x' is not a number"),

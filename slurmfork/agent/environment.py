@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slurmfork import names
-from slurmfork.agent.node import CUDA, LOCAL_DEVICES, ROCR, ZE, Node
+from slurmfork.agent.grant import CUDA, LOCAL_DEVICES
+from slurmfork.agent.node import Node
 from slurmfork.messages import Device
 from slurmfork.orders import Order
 
@@ -21,9 +22,7 @@ NOTIFY_SOCKET = "NOTIFY_SOCKET"
 _TASK = re.compile(
     r"""SLURM_(?:PROCID|LOCALID|GTIDS|TASK_PID|NTASKS|NPROCS|NTASKS_PER_\w+|TASKS_PER_NODE|STEPID|STEP_ID
         |STEP_(?:NUM_\w+|TASKS_PER_NODE|NODELIST|LAUNCHER_\w+)|LAUNCH_NODE_IPADDR|SRUN_COMM_\w+|MPI_TYPE
-        |PMI\w*|CPU_BIND\w*|MEM_BIND\w*|DISTRIBUTION|STD(?:IN|OUT|ERR)MODE)
-    |PMI2?_(?:RANK|SIZE|FD|ID|PORT|JOBID|SPAWNED|LOCAL_RANK|LOCAL_SIZE)|PMIX_(?:RANK|NAMESPACE|SERVER_\w+)
-    |OMPI_(?:COMM_WORLD_\w+|UNIVERSE_SIZE|APP_CTX_\w+)|MV2_COMM_WORLD_\w+|MPI_LOCAL(?:RANKID|NRANKS)""",
+        |PMI\w*|CPU_BIND\w*|MEM_BIND\w*|DISTRIBUTION|STD(?:IN|OUT|ERR)MODE)""",
     re.VERBOSE,
 )
 _RANK = re.compile(r"(?:LOCAL_|NODE_|GROUP_|ROLE_|CROSS_)?(?:RANK|WORLD_SIZE)|MASTER_(?:ADDR|PORT)|TORCHELASTIC_\w+")
@@ -39,6 +38,7 @@ _OURS = frozenset(
         LOCAL_DEVICES,
         names.KILL_WAIT,
         names.ISOLATION,
+        names.SHARES,
         NOTIFY_SOCKET,
         "SLURMFORK_ENGINE",
     }
@@ -54,7 +54,7 @@ def inherited(environment: Mapping[str, str]) -> dict[str, str]:
 def _withheld(name: str) -> bool:
     if name in _OURS or name in _WITHIN or name.startswith("SLURMFORK_GUARDIAN_"):
         return True
-    return bool(_TASK.fullmatch(name) or _RANK.fullmatch(name))
+    return any(pattern.fullmatch(name) for pattern in (_TASK, _RANK, names.LAUNCHED_PATTERN))
 
 
 def slice_of(devices: Sequence[Device], positions: Sequence[int]) -> list[Device]:
@@ -66,11 +66,15 @@ def slice_of(devices: Sequence[Device], positions: Sequence[int]) -> list[Device
 
 
 def device_variables(node: Node, devices: Sequence[Device]) -> dict[str, str]:
-    """The variables that leave a worker these devices; CUDA's is always there, empty for none."""
-    listed = ",".join(str(device) for device in devices)
+    """The variables that leave a worker these devices; CUDA's is always there, empty for none.
+
+    What a node only shares with others is for all of its workers.
+    """
+    seen = devices or node.shared
+    listed = ",".join(str(device) for device in seen)
     # On AMD the other two only take away from what ROCR_VISIBLE_DEVICES leaves, counted from 0.
-    found = {CUDA: ",".join(str(number) for number in range(len(devices))) if node.amd else listed}
-    found.update({name: listed for name in (ROCR, ZE) if name in node.environment})
+    found = {CUDA: ",".join(str(number) for number in range(len(seen))) if node.amd else listed}
+    found.update(dict.fromkeys(node.variables, listed))
     return found
 
 
@@ -81,6 +85,8 @@ def of_worker(
     """The whole environment of one worker; later words win. ``base`` is what ``inherited`` made."""
     role, _, index = order.worker.partition("/")
     found = {**base, "TMPDIR": str(scratch), **order.env}
+    if node.devices or node.shared:
+        found.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # Slurm's, and else CUDA puts the fastest first
     if "OMP_NUM_THREADS" not in found and _several(order.env.get("LOCAL_WORLD_SIZE", "")):
         found["OMP_NUM_THREADS"] = "1"  # as torchrun does: else each of N workers takes every core
     found.update(

@@ -13,22 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 from slurmfork import names
-from slurmfork.agent import guardian
+from slurmfork.agent import grant, guardian
 from slurmfork.errors import UsageError
 from slurmfork.messages import Device
 from slurmfork.rundir import RunDir
-
-LOCAL_DEVICES = "SLURMFORK_LOCAL_DEVICES"
-
-CUDA, ROCR, ZE = "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"
-_NO_DEVICE = frozenset({"", "-1", "none", "void", "nodevfiles"})
 
 
 @dataclass(frozen=True)
 class Node:
     """Facts of one node of a run. ``environment`` is the agent's own; ``heads`` are tried in order.
 
-    ``amd``: the devices are AMD's, whose CUDA_VISIBLE_DEVICES counts within ROCR_VISIBLE_DEVICES.
+    ``devices``, ``shared``, ``amd`` and ``variables`` are what was granted (``agent.grant``).
     ``kill_wait``: seconds from Slurm's SIGTERM to its SIGKILL.
     """
 
@@ -39,7 +34,9 @@ class Node:
     devices: tuple[Device, ...]
     environment: Mapping[str, str]
     cpus: int = 1
+    shared: tuple[Device, ...] = ()
     amd: bool = False
+    variables: tuple[str, ...] = ()
     guarantee: Literal["namespace", "cgroup", "rings"] = "rings"
     kill_wait: float = guardian.DEFAULT_KILL_WAIT_S
     notes: tuple[str, ...] = ()
@@ -54,42 +51,28 @@ def here(environment: Mapping[str, str]) -> Node:
     name = guardian.node_name()
     if not names.NODE_PATTERN.fullmatch(name):
         raise UsageError(f"{name!r} is no name for a node; {names.NODE} may give another")
-    amd = _is_amd(environment)
-    devices = granted_devices(environment, amd=amd)
+    found = grant.granted(environment)
     return Node(
         name=name,
         run_id=run_id,
         rundir=RunDir(directory),
         heads=_addresses(environment.get(names.HEAD, "")),
-        devices=devices,
+        devices=found.devices,
+        shared=found.shared,
         environment=environment,
         cpus=_cpus(environment),
-        amd=amd,
+        amd=found.amd,
+        variables=found.variables,
         guarantee=_guarantee(_cgroups()),
         kill_wait=guardian.kill_wait(environment),
-        notes=_notes(environment, devices),
+        notes=found.notes,
     )
-
-
-def granted_devices(environment: Mapping[str, str], *, amd: bool = False) -> tuple[Device, ...]:
-    """The devices that this node was granted, in order; numbers where they are numbers, else as they are."""
-    order = (LOCAL_DEVICES, ROCR, CUDA, ZE) if amd else (LOCAL_DEVICES, CUDA, ROCR, ZE)
-    text = next((environment[name] for name in order if name in environment), "")
-    words = [word.strip() for word in text.split(",")]
-    if words[0].lower() in _NO_DEVICE:
-        return ()
-    return tuple(int(word) if word.isascii() and word.isdigit() else word for word in words if word)
 
 
 def _cpus(environment: Mapping[str, str]) -> int:
     """CPUs granted here: Slurm's count, which holds where it binds nobody too, else those that we may run on."""
     count = environment.get("SLURM_CPUS_ON_NODE", "")
     return int(count) if count.isdigit() and int(count) > 0 else len(os.sched_getaffinity(0))
-
-
-def _is_amd(environment: Mapping[str, str]) -> bool:
-    """Slurm may set every vendor's variable on every node: where it did, the driver's device tells."""
-    return ROCR in environment and (CUDA not in environment or Path("/dev/kfd").exists())
 
 
 def _required(environment: Mapping[str, str], name: str, pattern: re.Pattern[str]) -> str:
@@ -125,10 +108,3 @@ def _guarantee(cgroups: str) -> Literal["cgroup", "rings"]:
         if tracking and re.search(r"slurm.*/[^/]+/step_[^/]+", path):
             return "cgroup"
     return "rings"
-
-
-def _notes(environment: Mapping[str, str], devices: tuple[Device, ...]) -> tuple[str, ...]:
-    count = environment.get("SLURM_GPUS_ON_NODE", "")
-    if not devices and count.isdigit() and int(count) > 0:
-        return (f"Slurm granted {count} GPUs here but named none in CUDA_VISIBLE_DEVICES: none are used",)
-    return ()

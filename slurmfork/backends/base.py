@@ -52,11 +52,16 @@ class JobReport(Struct, kw_only=True):
 
 
 class Check(Struct, kw_only=True):
-    """One thing that `doctor` looked at. ``detail`` says what was found and, if not ``ok``, what to do."""
+    """One thing that `doctor` looked at, and what was found; not ``ok`` is what prevents runs.
+
+    ``means`` says what that means for runs here, where it means something, and ``todo`` what the user can do.
+    """
 
     name: str
     ok: bool
     detail: str
+    means: str = ""
+    todo: str = ""
 
 
 class Backend(Protocol):

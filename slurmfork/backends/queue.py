@@ -11,13 +11,13 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import pwd
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
+from slurmfork import account
 from slurmfork.backends import slurm_records
 from slurmfork.backends.base import PATIENCE_S, Job, JobReport
 from slurmfork.backends.slurm_commands import Answer, ask, of_cluster
@@ -104,7 +104,9 @@ class Queue:
         now = time.time()
         if 0 <= now - cache.tried < self._interval:
             return
-        argv = [*of_cluster("squeue", self._cluster), "-h", "-u", _user(), "-t", "all"]
+        user = account.known_name()  # squeue refuses a uid that has none
+        mine = ["-u", user] if user else []
+        argv = [*of_cluster("squeue", self._cluster), "-h", *mine, "-t", "all"]
         answer = self._ask([*argv, "-o", slurm_records.SQUEUE_FORMAT])
         cache.tried = time.time()
         cache.error = "" if answer.ok else answer.words
@@ -251,11 +253,3 @@ def _report(job: Job, cache: Cache) -> JobReport:
     else:
         reason = cache.error or cache.unknown.get(key_of(job), (0.0, "squeue does not list the job"))[1]
     return JobReport(state=None, reason=reason, fresh=cache.asked or now)
-
-
-def _user() -> str:
-    """This user's name, or number where it has none here."""
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())

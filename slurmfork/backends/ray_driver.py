@@ -24,7 +24,7 @@ if not __package__:  # isolated mode leaves out every path of the user's, ours a
 
 from slurmfork import devices, names, prctl, process
 from slurmfork.agent import guardian
-from slurmfork.agent.node import CUDA, LOCAL_DEVICES
+from slurmfork.agent.grant import CUDA, LOCAL_DEVICES
 from slurmfork.backends import ray_nodes
 from slurmfork.backends.ray_nodes import Place, RayRecord
 from slurmfork.devices import VARIABLES

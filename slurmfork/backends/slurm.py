@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from slurmfork.backends import slurm_doctor, slurm_records
+from slurmfork import account
+from slurmfork.backends import slurm_records
 from slurmfork.backends.base import PATIENCE_S, Check, Job, JobReport
 from slurmfork.backends.queue import GONE, Queue, shared_directory
-from slurmfork.backends.slurm_commands import Answer, ask, environment_of_job, of_cluster
+from slurmfork.backends.slurm_commands import Answer, ask, of_cluster
+from slurmfork.backends.slurm_environment import environment_of_job
 from slurmfork.backends.slurm_options import ignored
 from slurmfork.errors import BackendError, Unanswered
 from slurmfork.names import ENDED_STATES
@@ -31,6 +33,7 @@ _PREFIX = re.compile(r"\bsbatch: (?:(?:error|fatal): )?")
 _LOST = re.compile("did not answer|timed out|receive failure|shutdown failure|Zero Bytes", re.IGNORECASE)
 _NO_SLURM = "is this a Slurm login node? `--backend local` runs on this machine"
 _LOOK_S = 1.0
+_SUBMIT_TIME_S = 30.0  # it has just answered: what is slow now is that it limits how often it is asked
 # As in templates/sbatch.sh.j2; the directory is one that every node has.
 _STEP = [
     *("--nodes=1", "--ntasks=1", "--overlap", "--mem=0", "--cpu-bind=none", "--mpi=none", "--export=ALL"),
@@ -65,7 +68,7 @@ class SlurmBackend:
             raise BackendError(_refusal(answer, request))
         job_id, cluster = found[-1]  # a site's wrapper may print before it
         submitted = _submit_time(job_id, cluster)
-        notes = [*([answer.words] if answer.words else []), *ignored(spec, os.environ)]
+        notes = [*([answer.words] if answer.words else []), *_nameless(), *ignored(spec, os.environ)]
         return Job(job_id=job_id, cluster=cluster or None, submitted=submitted, notes=notes)
 
     def started(self, rundir: RunDir) -> str | None:
@@ -109,8 +112,10 @@ class SlurmBackend:
         return [*of_cluster("srun", job.cluster), f"--jobid={job.job_id}", f"--nodelist={node}", *_STEP]
 
     def check(self) -> list[Check]:
-        """Commands, controller, partitions, the tracker of processes, KillWait, accounting."""
-        return slurm_doctor.checks()
+        """What of this cluster's configuration bears on runs."""
+        from slurmfork.doctor import slurm
+
+        return slurm.checks()
 
     def _queue(self, cluster: str | None) -> Queue:
         return Queue(cluster or None, directory=self._directory or shared_directory())
@@ -119,9 +124,17 @@ class SlurmBackend:
 def _submit_time(job_id: str, cluster: str | None) -> float:
     """Slurm's own submit time of a job; this machine's clock where Slurm is slow to tell."""
     now = time.time()
-    answer = ask([*of_cluster("scontrol", cluster), "show", "job", job_id], timeout=5)
+    answer = ask([*of_cluster("scontrol", cluster), "show", "job", job_id], timeout=_SUBMIT_TIME_S)
     entry = slurm_records.from_scontrol(job_id, answer.output) if answer.ok else None
     return entry.submitted if entry and entry.submitted else now
+
+
+def _nameless() -> list[str]:
+    """Slurm takes jobs of a uid that nobody knows, and queues them again and again."""
+    if account.known_name():
+        return []
+    uid = os.geteuid()
+    return [f"uid {uid} has no name on this machine: where slurmctld has none for it either, the job never starts"]
 
 
 def _refusal(answer: Answer, request: Request) -> str:

@@ -5,18 +5,12 @@ Nothing here knows what the answers mean.
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from slurmfork import devices, names
 from slurmfork.backends.base import PATIENCE_S
-
-# What a shell inside of a job, or of a worker of ours, would hand on to the commands or to the new job.
-_PROGRAMS = "SLURM SLURMD SBATCH SRUN SALLOC SQUEUE SACCT SCANCEL SINFO SCONTROL SLURMFORK"
-_SCRUBBED = tuple(f"{program}_" for program in _PROGRAMS.split())
-_KEPT = ("SLURM_CONF", "SLURM_JWT")
+from slurmfork.backends.slurm_environment import environment
 
 
 class Answer(NamedTuple):
@@ -26,31 +20,6 @@ class Answer(NamedTuple):
     output: str
     words: str
     missing: bool = False
-
-
-def environment(own: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment to ask a command of Slurm in.
-
-    In UTC and in C: times are printed without a zone, and words are compared.
-    """
-    return {**_outside(os.environ if own is None else own), "TZ": "UTC0", "LC_ALL": "C"}
-
-
-def environment_of_job(secrets: Sequence[str], own: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment to submit in, which the job gets too, and Slurm stores: nothing secret is in it."""
-    given = os.environ if own is None else own
-    dropped = {
-        *secrets,
-        *given.get(names.DRESSED, "").split(),
-        *((*names.WORKERS_OWN, *devices.VARIABLES) if names.WORKER in given else ()),
-    }
-    clusters = {name: value for name, value in given.items() if name == "SLURM_CLUSTERS"}
-    return {name: value for name, value in {**_outside(given), **clusters}.items() if name not in dropped}
-
-
-def _outside(given: Mapping[str, str]) -> dict[str, str]:
-    kept = (*_KEPT, names.ROOT, names.DEVICE_FILES)
-    return {name: value for name, value in given.items() if name in kept or not name.startswith(_SCRUBBED)}
 
 
 def ask(argv: Sequence[str], *, timeout: float = PATIENCE_S, env: Mapping[str, str] | None = None) -> Answer:

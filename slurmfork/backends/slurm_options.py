@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from slurmfork.errors import Problem, SpecError
 from slurmfork.spec.sbatch import ALLOWED, REFUSED, TEMPLATE
+from slurmfork.spec.shape import gpus_of
 
 if TYPE_CHECKING:
     from slurmfork.plan import Request
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 WARNING_S = 60  # how long before the time limit Slurm is to warn the batch script
 LONGEST = 8000  # bytes of a line that sbatch of every release reads whole
 
-_GPU_OPTIONS = {"gpus-per-node", "gres"}
 _CPU_OPTIONS = {"cpus-per-task", "cpus-per-gpu"}
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _UNLIMITED = {"unlimited", "infinite", "0"}
@@ -46,10 +46,10 @@ def options(spec: Spec, request: Request, run_dir: Path) -> list[Option]:
     found: list[Option] = [("nodes", str(request.nodes)), ("ntasks-per-node", "1")]
     if request.cpus_per_node and not given & _CPU_OPTIONS:
         found.append(("cpus-per-task", str(request.cpus_per_node)))
-    if request.gpus_per_node and not given & _GPU_OPTIONS:
+    if request.gpus_per_node and gpus_of(dict(own)) is None:
         found.append(("gpus-per-node", str(request.gpus_per_node)))
     requeue = "requeue" if spec.requeue else "no-requeue"
-    found += [("output", _output(run_dir)), ("open-mode", "append"), (requeue, None)]
+    found += [("output", _output(run_dir)), ("open-mode", "append"), ("export", "ALL"), (requeue, None)]
     if spec.on_node_fail == "continue":
         found.append(("no-kill", None))
     limit = next((seconds(value) for name, value in own if name == "time" and value), None)

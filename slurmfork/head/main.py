@@ -38,6 +38,7 @@ from slurmfork.plan import Node, plan, request
 from slurmfork.process import boot_id, identify
 from slurmfork.rundir import EndRecord, HeadRecord, RunDir, RunRecord
 from slurmfork.spec import Spec
+from slurmfork.spec.shape import shares_of
 
 log = logging.getLogger("slurmfork.head")
 
@@ -152,6 +153,8 @@ class Head:
         environment[names.RUN_ID] = self._rundir.run_id
         environment[names.RUN_DIR] = str(self._rundir.path)
         environment[names.ISOLATION] = self._spec.isolation
+        if self._record.backend == "slurm" and (shares := shares_of(self._spec.slurm)):
+            environment[names.SHARES] = ",".join(shares)
         if self._record.backend == "ray":  # the tag by which the sweep finds the driver, and a cluster that it starts
             environment[names.NODE] = "launcher"
         try:
@@ -192,7 +195,10 @@ class Head:
             await self._workers.start_all(placements)
         except Refused as error:
             self._fail(str(error), error)
-        except (PlanError, SlurmforkError) as error:
+        except PlanError as error:
+            notes = [f"node {view.node}: {note}" for view in self._table.nodes.values() for note in view.notes]
+            self._fail("; ".join([str(error), *notes[:1]]))
+        except SlurmforkError as error:
             self._fail(str(error))
         except Exception as error:
             log.exception("the run could not be started")

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import errno
-import os
-import pwd
 import socket
 from pathlib import Path
 
+from slurmfork import account
 from slurmfork.remote.lean import lean
-
-
-def own_name() -> str:
-    """This user's name, as the system knows it; what the environment says may be somebody else's."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return os.environ.get("USER", str(os.getuid()))
 
 
 def is_this_machine(host: str, user: str | None) -> bool:
     """Whether ``ssh host`` would lead to this user on this machine, whatever ~/.ssh/config calls it."""
     if not (Path.home() / ".ssh" / "config").exists():
-        return user in (None, own_name()) and _is_ours(host)
+        return user in (None, account.name()) and _is_ours(host)
     with lean():
         from slurmfork.remote.sshconfig import PORT, Hop, SshConfig
 
     settings = SshConfig().settings(Hop(host, user))
     straight = settings.port == PORT and not settings.jumps and settings.proxy_command is None
-    return straight and settings.user == own_name() and _is_ours(settings.host)
+    return straight and settings.user == account.name() and _is_ours(settings.host)
 
 
 def _is_ours(host: str) -> bool:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import paramiko
 
+from slurmfork import account
 from slurmfork.errors import TransportError
-from slurmfork.remote.places import own_name
 
 SYSTEM = Path("/etc/ssh/ssh_config")
 PORT = 22
@@ -110,7 +110,7 @@ class SshConfig:
             found = paramiko.SSHConfig.from_text("\n".join([*given, self._text])).lookup(hop.host)
         except Exception as error:  # ImportError for `Match exec`, among others
             raise TransportError(f"cannot read what ~/.ssh/config says of {hop.host}: {error}") from error
-        user = found.get("user") or own_name()
+        user = found.get("user") or account.name()
         host = found.get("hostname") or hop.host
         paths = _Paths(self._home, host, user)
         named = [identity_file] if identity_file else [f for f in found.get("identityfile", []) if f.lower() != "none"]
@@ -176,7 +176,7 @@ class _Paths(NamedTuple):
     user: str
 
     def one(self, text: str) -> Path:
-        tokens = {"%%": "%", "%d": str(self.home), "%h": self.host, "%r": self.user, "%u": own_name()}
+        tokens = {"%%": "%", "%d": str(self.home), "%h": self.host, "%r": self.user, "%u": account.name()}
         filled = re.sub("%[%dhru]", lambda token: tokens[token[0]], text.strip('"'))
         return self.home / filled[2:] if filled.startswith("~/") else Path(filled)
 

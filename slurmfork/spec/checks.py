@@ -165,6 +165,11 @@ def _shape(spec: Spec, report: Report) -> None:
         return
     if "gpus-per-node" in spec.slurm and shape.gpus_of({"gres": spec.slurm.get("gres", "")}) is not None:
         report.add("slurm.gres", "GPUs are asked for twice, here and by gpus-per-node; leave one out")
+    needy = next((name for name, role in spec.roles.items() if role.gpus and not role.colocated), None)
+    if spec.backend == "slurm" and needy and shape.gpus_of(spec.slurm) is None:
+        for kind in shape.shares_of(spec.slurm):
+            why = f"is a part of a GPU that others are on too, and the role {needy} needs whole GPUs; ask for"
+            report.add("slurm.gres", f"{kind} {why} gpus-per-node, or leave `gpus` out: all workers see what is given")
     if "cpus-per-task" in spec.slurm and "cpus-per-gpu" in spec.slurm:
         report.add("slurm.cpus-per-gpu", "CPUs are asked for twice, here and by cpus-per-task; leave one out")
     try:

@@ -11,6 +11,7 @@ from slurmfork.spec.model import Spec
 
 _COUNTED = re.compile(r"(?:[^:,()]+:)?([0-9]{1,6})")
 _GPU = re.compile(r"(?:gres[:/])?gpu(?::[0-9]*[^:,()0-9][^:,()]*)?(?::([0-9]{1,6}))?(?:\([^)]*\))?")
+_SHARE = re.compile(r"(?:gres[:/])?(?:shard|mps)(?:[:(]|$)")
 _GPU_LIKE = re.compile(r"(?:gres[:/])?gpu(?:[:(]|$)")
 
 
@@ -44,6 +45,11 @@ def gpus_of(options: dict[str, Any]) -> int | None:
         return sum(_counted(part) for part in _parts(options["gpus-per-node"]))
     found = [_gres(part) for part in _parts(options.get("gres", "")) if _GPU_LIKE.match(part)]
     return sum(found) if found else None
+
+
+def shares_of(options: dict[str, Any]) -> list[str]:
+    """What the options of sbatch ask for of GPUs that are shared with others' jobs: ``gres: shard:2``, or mps."""
+    return [part for part in _parts(options.get("gres", "")) if _SHARE.match(part)]
 
 
 def cpus_of(options: dict[str, Any]) -> int | None:

@@ -8,6 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --output=/shared/runs/grpo-abc234/batch.log
 #SBATCH --open-mode=append
+#SBATCH --export=ALL
 #SBATCH --no-requeue
 #SBATCH --signal=B:USR1@60
 #SBATCH --partition=gpu
@@ -23,6 +24,15 @@ slurmfork_package=/opt/venv/lib/python3.11/site-packages/slurmfork
 slurmfork_node=${SLURMD_NODENAME:-local0}
 slurmfork_head=
 slurmfork_part=setup
+
+# --- What a template of the user's own, or the site, may have made of the job, and a run cannot be.
+slurmfork_not=
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || slurmfork_not="an array: one run is one job; submit the spec several times"
+[ -z "${SLURM_HET_SIZE:-}" ] || slurmfork_not="a heterogeneous job: a run is one job of like nodes"
+if [ -n "$slurmfork_not" ]; then
+  echo "slurmfork: job $SLURM_JOB_ID is $slurmfork_not" >&2
+  exit 78
+fi
 # Should the run have been submitted from within another run, what is that run's stays there.
 unset SLURMFORK_NODE SLURMFORK_WORKER SLURMFORK_ROLE SLURMFORK_INDEX SLURMFORK_PORTS SLURMFORK_AGENT \
   SLURMFORK_TARGET SLURMFORK_HEAD
@@ -93,6 +103,11 @@ slurmfork_part=run
 # --- What the head starts, to have one agent started on each node; and how it runs a command on one node, to sweep
 # it should its agent not answer: slurmfork_sweep, the node, the command, which gets `--node NODE` at its end.
 slurmfork_sweep=()
+# A job whose GPUs were asked for by task gives our one task a node those of one task alone, unless told otherwise.
+slurmfork_gpus=()
+case ${SLURM_GPUS_PER_TASK:-}:${SLURM_TRES_PER_TASK:-} in
+  [0-9a-z]*:* | *gpu*) slurmfork_gpus=(${SLURM_GPUS_ON_NODE:+--gpus-per-node="$SLURM_GPUS_ON_NODE"}) ;;
+esac
 # srun obeys many variables, of this job, of a shell in another job, and of the site. Those that would change what
 # the agents get are unset; what the agents get is said in full below.
 unset "${!SRUN_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
@@ -103,11 +118,11 @@ unset "${!SRUN_@}" "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" \
   SLURM_NCORES_PER_SOCKET SLURM_HINT SLURM_DISTRIBUTION SLURM_EXACT SLURM_EXCLUSIVE SLURM_OVERLAP \
   SLURM_OVERCOMMIT SLURM_EXTERNAL_LAUNCHER SLURM_EXPORT_ENV SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE \
   SLURM_STDERRMODE SLURM_KILL_BAD_EXIT SLURM_WAIT SLURM_NO_KILL SLURM_MULTI SLURM_MPI_TYPE SLURM_TIMELIMIT \
-  SLURM_RESV_PORTS SLURM_REMOTE_CWD SLURM_WORKING_DIR
+  SLURM_RESV_PORTS SLURM_REMOTE_CWD SLURM_WORKING_DIR SLURM_TASK_PROLOG SLURM_CLUSTERS
 export SLURM_OOM_KILL_STEP=0 # a worker out of memory is one worker's end, not the whole node's
 
 # For the head to know how long it has after a SIGTERM from Slurm.
-SLURMFORK_KILL_WAIT=$(timeout 10 scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
+SLURMFORK_KILL_WAIT=$(timeout 60 scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
 export SLURMFORK_KILL_WAIT
 
 # One task on each node. It shares all that the job has with other steps, takes all of the job's memory, is bound
@@ -115,6 +130,14 @@ export SLURMFORK_KILL_WAIT
 slurmfork_step=(
   --overlap --mem=0 --cpu-bind=none --mpi=none --export=ALL --input=none --kill-on-bad-exit=0 --wait=0
 )
+case $(srun --help 2>/dev/null) in # asked, for the release here may be another than where the run was submitted
+  *--whole*) slurmfork_step+=(--whole) ;; # 20.11.0 to 20.11.2 give a step less than the job has, unless told otherwise
+  '' | *--overlap*) ;;
+  *)
+    echo "slurmfork: this srun has no --overlap, and so no second step beside the first: Slurm 20.11 or later is needed" >&2
+    exit 78
+    ;;
+esac
 slurmfork_srun=(
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1
   "${slurmfork_step[@]}"
@@ -132,7 +155,7 @@ slurmfork_on_node='
   (umask 077 && : >>"$log")
   exec "$@" >>"$log" 2>&1'
 slurmfork_launcher=(
-  "${slurmfork_srun[@]}" bash -c "$slurmfork_on_node" node
+  "${slurmfork_srun[@]}" "${slurmfork_gpus[@]}" bash -c "$slurmfork_on_node" node
   "$slurmfork_python" -I "$slurmfork_package/agent/__main__.py"
 )
 # shellcheck disable=SC2016
