@@ -1,6 +1,7 @@
 """A Ray cluster of local nodes for tests, by Ray's own utility, in a process of its own that Ray's Python runs.
 
-``python ray_cluster.py NODES GPUS CPUS`` prints a line of JSON, and ends the cluster when its standard input does.
+``python ray_cluster.py NODES GPUS CPUS`` prints a line of JSON, adds a node and prints another for each line that it
+reads, and ends the cluster when its standard input does.
 """
 
 from __future__ import annotations
@@ -36,10 +37,20 @@ class RayCluster:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._hear()
+
+    def _hear(self) -> None:
         assert self._process.stdout is not None
         told: dict[str, Any] = json.loads(self._process.stdout.readline())
         self.address: str = told["address"]
-        self.raylets: dict[str, int] = told["raylets"]  # by Ray's id of the node
+        self.raylets: dict[str, int] = told["raylets"]  # by Ray's id of the node, the head's first
+
+    def add_node(self) -> None:
+        """Another node, as the others are."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self._hear()
 
     def shell(self, directory: Path, python: str) -> Shell:
         """A user's shell in which this is the cluster."""
@@ -75,10 +86,16 @@ def main(nodes: int, gpus: int, cpus: int) -> None:
     del shape["include_dashboard"]
     for _ in range(nodes - 1):
         cluster.add_node(**shape)
+    tell(cluster)
+    for _ in sys.stdin:
+        cluster.add_node(**shape)
+        tell(cluster)
+    cluster.shutdown()
+
+
+def tell(cluster: Any) -> None:
     raylets = {node.node_id: node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()}
     print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
-    sys.stdin.read()
-    cluster.shutdown()
 
 
 if __name__ == "__main__":
