@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 from processes import kill_at_once, wait_until
 from running import Shell, command_of
@@ -249,3 +250,21 @@ def test_a_run_whose_batch_script_was_killed_ends_by_itself(local: Shell) -> Non
     status = local.status(run_id)
     assert (status["state"], status["survivors"]) == ("cancelled", 0), status
     wait_until(lambda: local.left(run_id) == [], "all of it to be gone")
+
+
+def test_a_run_whose_batch_script_was_killed_before_the_head_began_ends_by_itself(local: Shell) -> None:
+    python = local.directory / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ -z "$SLURMFORK_BATCH" ] || kill -KILL "$SLURMFORK_BATCH"\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o700)
+    run_id = local.submit(
+        local.spec(f"name: early\nsetup: slurmfork_python={python}\nroles: {{w: {{command: [sleep, '1000']}}}}\n"),
+        "--backend",
+        "local",
+    )
+    local.call("wait", run_id)
+    status = local.status(run_id)
+    assert (status["state"], status["survivors"]) == ("cancelled", 0), status
+    assert "a signal to the batch script" in status["reason"]
+    wait_until(lambda: not local.left(run_id), "everything to be gone")

@@ -104,5 +104,8 @@ class Answers:
 
 
 def packed(message: wire.Call, value: Any) -> Packed:
-    """A value in the way that the caller asked for; raises CodecError."""
-    return pack_pickle(value) if message.pickled else pack(value)
+    """A value in the way that the caller asked for; raises CodecError, which names the method."""
+    try:
+        return pack_pickle(value) if message.pickled else pack(value)
+    except CodecError as error:
+        raise CodecError(f"what {message.method} of {message.worker} returned: {error}") from None

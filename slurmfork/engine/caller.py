@@ -157,6 +157,8 @@ class Connection:
 
     def disown(self) -> None:
         """In a process that was forked: the connection is the parent's."""
+        if self._channel is not None:
+            self._channel.disown()
         self.lost, self._channel, self._lock = True, None, threading.Lock()
 
     def _send(

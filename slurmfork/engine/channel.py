@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -29,6 +30,9 @@ class Channel(Protocol):
     def close(self) -> None:
         """Let what waits go, and end it; in the loop."""
 
+    def disown(self) -> None:
+        """In a process that was forked: the connection is the parent's alone."""
+
 
 Taker = Callable[[Arrived], None]
 Loser = Callable[[str], None]
@@ -39,6 +43,22 @@ class Piece(NamedTuple):
 
     part: bytes | memoryview
     descriptors: Sequence[int] = ()
+
+
+def abandon(*sockets: _Descriptor | None) -> None:
+    """In a process that was forked: have no part in these, so that their other ends hear of the parent's death.
+
+    Their numbers stay taken: whoever closes one here closes nothing of somebody else's.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for one in sockets:
+        if one is not None and (number := one.fileno()) >= 0:
+            os.dup2(nothing, number, inheritable=False)
+    os.close(nothing)
+
+
+class _Descriptor(Protocol):
+    def fileno(self) -> int: ...
 
 
 def pieces(frame: Frame) -> Iterator[Piece]:

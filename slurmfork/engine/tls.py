@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from slurmfork import silence
-from slurmfork.engine.channel import BUFFER, Loser, Piece, Taker, pieces
+from slurmfork.engine.channel import BUFFER, Loser, Piece, Taker, abandon, pieces
 from slurmfork.engine.inbox import Inbox
 from slurmfork.engine.shared import Lender
 from slurmfork.engine.wire import Frame
@@ -110,6 +110,11 @@ class TlsChannel(asyncio.BufferedProtocol):
                 self._waiting.appendleft(Piece(memoryview(part)[BUFFER:]))
                 part = memoryview(part)[:BUFFER]
             self._transport.write(part)
+
+    def disown(self) -> None:
+        """See Channel."""
+        if self._transport is not None:
+            abandon(self.fact("socket"))
 
     def close(self) -> None:
         """See Channel."""

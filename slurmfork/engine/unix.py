@@ -14,7 +14,7 @@ import threading
 from collections import deque
 
 from slurmfork.engine import wire
-from slurmfork.engine.channel import BUFFER, Loser, Piece, Taker, pieces
+from slurmfork.engine.channel import BUFFER, Loser, Piece, Taker, abandon, pieces
 from slurmfork.engine.inbox import Arrived, Inbox
 from slurmfork.engine.shared import IDLE_S, Borrower, Lender
 from slurmfork.engine.wire import Frame
@@ -198,6 +198,10 @@ class UnixChannel:
                 return
             if self._over or count < len(room):
                 return
+
+    def disown(self) -> None:
+        """See Channel."""
+        abandon(self._socket)
 
     def close(self) -> None:
         """See Channel."""

@@ -55,6 +55,7 @@ class Head:
     def __init__(self, rundir: RunDir, launcher: list[str], sweep: list[str]) -> None:
         self._rundir = rundir
         self._argv = launcher
+        self._batch = os.environ.pop(names.BATCH, "")  # PID of the batch script
         self._sweeper = Sweeper(sweep, rundir)
         self._signalled = asyncio.Event()
         self._by_request = False
@@ -137,6 +138,8 @@ class Head:
         loop.add_signal_handler(signal.SIGUSR1, self._warned)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
         prctl.signal_at_parents_death(signal.SIGTERM)  # the batch script's end is the run's, whoever killed it
+        if self._batch and os.getppid() != int(self._batch):  # it was killed before that
+            self._terminated()
 
     def _terminated(self) -> None:
         self._signalled.set()

@@ -23,6 +23,7 @@ from chaos.sight import Who
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 NODES, GPUS, CPUS = 4, 8, 16
+RAY_NODES = 3
 PATIENCE = 60.0
 FOREVER = 3 * 3600
 LIKE = {"SLURMFORK_RUN_ID": "chaos-aaaaaa", "SLURMFORK_NODE": "local0", "SLURMFORK_WORKER": "first/0"}
@@ -123,8 +124,8 @@ class Stage:
                 self._bring_up()
             elif self.backend == "ray":
                 self._ray_python = python_with_ray()
-                self.ray = RayCluster(self._ray_python, nodes=NODES, gpus=GPUS, cpus=CPUS)
-                self.size = NODES
+                self.ray = RayCluster(self._ray_python, nodes=RAY_NODES, gpus=GPUS, cpus=CPUS)
+                self.size = RAY_NODES
                 self.watch_ray()
             self._people()
             yield self

@@ -86,6 +86,7 @@ trap 'slurmfork_told=yes; [ -z "$slurmfork_head" ] || kill -TERM "$slurmfork_hea
 trap '[ -z "$slurmfork_head" ] || kill -USR1 "$slurmfork_head" 2>/dev/null' USR1
 (
   trap '' USR1 # until the head listens, a warning must not end it
+  export SLURMFORK_BATCH=$$ # whose end is the run's: it may be gone before the head can ask to be told of that
   exec "$slurmfork_python" -I "$slurmfork_package/head/__main__.py" --run-dir "$SLURMFORK_RUN_DIR" \
     -- "${slurmfork_launcher[@]}" --sweep "${slurmfork_sweep[@]}"
 ) &
