@@ -326,7 +326,7 @@ def test_a_time_limit_is_a_number_of_seconds(actor: Role, timeout: Any) -> None:
 
 def test_a_path_that_names_no_class_is_told_before_it_is_sent(one: Worker) -> None:
     for path in ("engine_classes.Engine", "engine_classes:", ":Engine"):
-        with pytest.raises(UsageError, match="names no class; write package.module:Class"):
+        with pytest.raises(UsageError, match=r"names no class; write package\.module:Class"):
             one.create_engine("wrong", path)
 
 

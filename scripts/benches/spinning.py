@@ -1,6 +1,6 @@
 """What two busy threads, and two busy processes, get done on this machine without slurmfork; and with it.
 
-``python spinning.py THREADS`` spins, for each line that it reads, CALLS times in each of its threads, then prints a line.
+``python spinning.py THREADS`` spins CALLS times in each of its threads for each line that it reads, and prints a line.
 """
 
 from __future__ import annotations

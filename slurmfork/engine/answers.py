@@ -13,6 +13,7 @@ from slurmfork.engine.channel import Channel
 from slurmfork.engine.codec import Packed, pack, pack_pickle
 from slurmfork.engine.failures import pack_failure
 from slurmfork.engine.hosted import Running
+from slurmfork.errors import CodecError
 
 REMEMBERED = 8192
 
