@@ -20,6 +20,7 @@ from running import Shell
 from slurmfork import killing, process
 
 MARK = "SLURMFORK_TEST_RAY"
+PATIENT = {"RAY_raylet_start_wait_time_s": "300"}  # on a machine that has much to do
 MEMORY = 80_000_000  # bytes of each node's object store
 
 
@@ -31,7 +32,7 @@ class RayCluster:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "RAY_"))}
         self._process = subprocess.Popen(
             [python, __file__, *map(str, (nodes, gpus, cpus))],
-            env={**environment, MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)},
+            env={**environment, **PATIENT, MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)},
             cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -41,7 +42,9 @@ class RayCluster:
 
     def _hear(self) -> None:
         assert self._process.stdout is not None
-        told: dict[str, Any] = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        assert line, "Ray's cluster did not come up"
+        told: dict[str, Any] = json.loads(line)
         self.address: str = told["address"]
         self.raylets: dict[str, int] = told["raylets"]  # by Ray's id of the node, the head's first
 
