@@ -12,6 +12,7 @@ import secrets
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from running import Shell
 from slurmfork import killing, process
 
 MARK = "SLURMFORK_TEST_RAY"
-PATIENT = {"RAY_raylet_start_wait_time_s": "300"}  # on a machine that has much to do
+TRIES = 6  # Ray gives a node half a minute to start, which a machine that has much to do may not keep to
 MEMORY = 80_000_000  # bytes of each node's object store
 
 
@@ -32,7 +33,7 @@ class RayCluster:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "RAY_"))}
         self._process = subprocess.Popen(
             [python, __file__, *map(str, (nodes, gpus, cpus))],
-            env={**environment, **PATIENT, MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)},
+            env={**environment, MARK: self.mark, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)},
             cwd="/",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -85,15 +86,25 @@ def main(nodes: int, gpus: int, cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
     shape = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": MEMORY, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=shape)
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=shape))
     del shape["include_dashboard"]
     for _ in range(nodes - 1):
-        cluster.add_node(**shape)
+        patiently(lambda: cluster.add_node(**shape))
     tell(cluster)
     for _ in sys.stdin:
-        cluster.add_node(**shape)
+        patiently(lambda: cluster.add_node(**shape))
         tell(cluster)
     cluster.shutdown()
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    for left in reversed(range(TRIES)):
+        try:
+            return start()
+        except Exception as error:
+            if not left or "timed out" not in str(error):
+                raise
+    return None
 
 
 def tell(cluster: Any) -> None:

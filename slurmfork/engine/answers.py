@@ -96,7 +96,9 @@ class Answers:
     def frame(self, message: wire.Message, value: Packed) -> wire.Frame:
         """A frame for where the caller is."""
         channel = self.channel
-        return wire.frame(message, value, channel.lender if channel is not None else None)
+        if channel is None:
+            return wire.frame(message, value)
+        return wire.frame(message, value, channel.lender, channel.memory)
 
     def _send(self, frame: wire.Frame, *, later: bool = False) -> None:
         channel = self.channel

@@ -171,7 +171,7 @@ class Connection:
             received, self._received = self._received, []
             self._pending[number] = pending
         try:
-            pending.frame = frame = wire.frame(make(number, received), value, channel.lender)
+            pending.frame = frame = wire.frame(make(number, received), value, channel.lender, channel.memory)
         except BaseException:
             self._pending.pop(number, None)
             raise

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from slurmfork.engine.inbox import Arrived
 from slurmfork.engine.shared import Lender
+from slurmfork.engine.warm import Warm
 from slurmfork.engine.wire import Frame
 
 BUFFER = 1024 * 1024  # bytes that a socket is asked to hold
@@ -20,6 +21,7 @@ class Channel(Protocol):
     """What a connection is to those who use it. ``lost`` of the maker is called once, in the loop, when it ends."""
 
     lender: Lender | None  # of shared memory, where both ends are on one node
+    memory: Warm | None  # for large buffers where they are not
 
     def send(self, frame: Frame) -> None:
         """Send; what cannot leave at once waits. Nothing happens once it is closed."""
