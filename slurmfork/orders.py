@@ -168,9 +168,13 @@ class ApiAnswer(Strict, kw_only=True):
 
 
 class Going(Strict, kw_only=True):
-    """Agent to head, unasked: this node was told to end (SIGTERM from Slurm, its guardian's death ...)."""
+    """Agent to head, unasked: this node is about to end, by a signal (SIGTERM from Slurm ...).
+
+    ``lost``: nobody told it to; what it needs there is gone (its guardian, or who held that).
+    """
 
     reason: str
+    lost: bool = False
 
 
 class Frame(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):

@@ -231,6 +231,12 @@ def _look_up(tree: dict[int, list[int]], pid: int) -> list[int]:
     return tree.get(pid, [])
 
 
+def parent(pid: int) -> int:
+    """PID of the parent, which is another's once that has ended; 0: the process is gone."""
+    stat = _stat(pid)
+    return stat.parent if stat else 0
+
+
 def ancestors(pid: int) -> frozenset[int]:
     """PIDs of the parent, its parent, and so on, as far as they can be seen."""
     found: list[int] = []

@@ -215,7 +215,8 @@ class Run:
         """
         from slurmfork.engine.role import Role, packages_of
 
-        return Role(self, name, packages_of(self.spec()))
+        spec = self.spec()
+        return Role(self, name, packages_of(spec), spec)
 
     @property
     def credentials_directory(self) -> Path:

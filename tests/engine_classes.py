@@ -60,6 +60,13 @@ class Mishap(Exception):
         self.code = code
 
 
+class Speechless(Exception):
+    """An error that cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
 class Plain:
     """Nothing that can be sent."""
 
@@ -194,6 +201,17 @@ class Engine:
     def breaks_off(self) -> Iterator[int]:
         yield 1
         raise Mishap("half way", code=2)
+
+    def speechless(self) -> None:
+        raise Speechless
+
+    def forks_and_dies(self) -> None:
+        """Of SIGKILL, and what it has forked holds all that it had open."""
+        if os.fork() == 0:
+            os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(1000)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def close(self) -> None:
         print("closed", self.note, flush=True)

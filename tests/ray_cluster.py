@@ -1,6 +1,7 @@
 """A Ray cluster of local nodes for tests, by Ray's own utility, in a process of its own that Ray's Python runs.
 
-``python ray_cluster.py NODES GPUS CPUS`` prints a line of JSON, and ends the cluster when its standard input does.
+``python ray_cluster.py NODES GPUS CPUS`` prints a line of JSON, adds a node and prints another for each line that it
+reads, and ends the cluster when its standard input does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import secrets
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from running import Shell
 from slurmfork import killing, process
 
 MARK = "SLURMFORK_TEST_RAY"
+TRIES = 6  # Ray gives a node half a minute to start, which a machine that has much to do may not keep to
 MEMORY = 80_000_000  # bytes of each node's object store
 
 
@@ -36,10 +39,22 @@ class RayCluster:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._hear()
+
+    def _hear(self) -> None:
         assert self._process.stdout is not None
-        told: dict[str, Any] = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        assert line, "Ray's cluster did not come up"
+        told: dict[str, Any] = json.loads(line)
         self.address: str = told["address"]
-        self.raylets: dict[str, int] = told["raylets"]  # by Ray's id of the node
+        self.raylets: dict[str, int] = told["raylets"]  # by Ray's id of the node, the head's first
+
+    def add_node(self) -> None:
+        """Another node, as the others are."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self._hear()
 
     def shell(self, directory: Path, python: str) -> Shell:
         """A user's shell in which this is the cluster."""
@@ -71,14 +86,30 @@ def main(nodes: int, gpus: int, cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
     shape = {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": MEMORY, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=shape)
+    cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=shape))
     del shape["include_dashboard"]
     for _ in range(nodes - 1):
-        cluster.add_node(**shape)
+        patiently(lambda: cluster.add_node(**shape))
+    tell(cluster)
+    for _ in sys.stdin:
+        patiently(lambda: cluster.add_node(**shape))
+        tell(cluster)
+    cluster.shutdown()
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    for left in reversed(range(TRIES)):
+        try:
+            return start()
+        except Exception as error:
+            if not left or "timed out" not in str(error):
+                raise
+    return None
+
+
+def tell(cluster: Any) -> None:
     raylets = {node.node_id: node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()}
     print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
-    sys.stdin.read()
-    cluster.shutdown()
 
 
 if __name__ == "__main__":

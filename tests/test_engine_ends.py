@@ -66,6 +66,17 @@ def test_a_kill_is_told_as_such(local: Shell) -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.timeout(120)
+def test_what_an_engine_has_forked_does_not_keep_its_death_from_callers(local: Shell, tmp_path: Path) -> None:
+    """A loader, say, that has inherited the connection, and lives for as long as its grace."""
+    run = begun(local, spec(", stop: {grace: 60}"))
+    worker = run.role("actor").worker(0)
+    waiting = worker.submit("waits", str(tmp_path / "a"))
+    with pytest.raises(WorkerFailed, match="SIGKILL"):
+        worker.call("forks_and_dies")
+    assert isinstance(waiting.exception(PATIENCE), EngineError)
+
+
 def test_a_host_that_is_started_again_has_its_guests_again(local: Shell) -> None:
     restart = ", restart: {policy: on-failure, max: 3, backoff: 0}"
     run = begun(local, spec(restart, SHARED))

@@ -16,7 +16,7 @@ import engine_classes
 import numpy
 import pytest
 from cluster import Factory
-from engine_classes import Colour, Mishap, Plain, Sample
+from engine_classes import Colour, Mishap, Plain, Sample, Speechless
 from running import Shell
 
 from slurmfork import Run, process
@@ -254,6 +254,20 @@ def test_a_stream_runs_ahead_only_a_little_and_lets_others_have_their_turn(one: 
     until((tmp_path / "closed").exists)
 
 
+def test_a_loop_that_is_left_early_closes_the_generator(one: Worker, tmp_path: Path) -> None:
+    for number in one.stream("counts_forever", str(tmp_path / "closed")):
+        if number == 3:
+            break
+    until((tmp_path / "closed").exists)
+
+
+async def test_and_so_does_one_in_an_event_loop(one: Worker, tmp_path: Path) -> None:
+    async for number in one.astream("counts_forever", str(tmp_path / "closed")):
+        if number == 3:
+            break
+    until((tmp_path / "closed").exists)
+
+
 def test_a_stream_that_breaks_off_raises(one: Worker) -> None:
     stream = one.stream("breaks_off")
     assert next(stream) == 1
@@ -285,8 +299,6 @@ def test_an_exception_comes_back_as_itself(one: Worker) -> None:
     assert isinstance(cause, RemoteTraceback)
     assert 'raise Mishap("it broke", code=code)' in str(cause)
     assert "slurmfork/engine" not in str(cause)
-    with pytest.raises(Mishap, match="a property that breaks"):
-        one.call("broken")
     with pytest.raises(ZeroDivisionError, match="division by zero"):
         one.call("divides")
     assert one.call("echo", "still there") == "still there"
@@ -298,19 +310,47 @@ def test_what_cannot_be_raised_here_is_an_engine_call_error(one: Worker) -> None
     assert caught.value.kind == "builtins:SystemExit"
 
 
+def test_an_exception_that_cannot_say_what_it_is_is_told_all_the_same(one: Worker) -> None:
+    error = one.submit("speechless").exception(PATIENCE)
+    assert isinstance(error, Speechless)
+    assert isinstance(error.__cause__, RemoteTraceback)
+    assert "in speechless" in str(error.__cause__)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, "3", float("nan")])
+def test_a_time_limit_is_a_number_of_seconds(actor: Role, timeout: Any) -> None:
+    for ask in (actor.worker(0).call, actor.call, actor.scatter):
+        with pytest.raises(UsageError, match="timeout is a number of seconds above 0"):
+            ask("echo", [1, 2], timeout=timeout)
+
+
+def test_a_path_that_names_no_class_is_told_before_it_is_sent(one: Worker) -> None:
+    for path in ("engine_classes.Engine", "engine_classes:", ":Engine"):
+        with pytest.raises(UsageError, match=r"names no class; write package\.module:Class"):
+            one.create_engine("wrong", path)
+
+
 def test_the_first_failure_of_many_is_raised(actor: Role) -> None:
     with pytest.raises(Mishap):
         actor.call("raises", 1)
 
 
 def test_what_is_not_there_is_named(run: Run, one: Worker) -> None:
-    for method in ("nothing", "_private", "__init__", "total"):
-        with pytest.raises(EngineNotFound, match=f"has no method '{method}'"):
+    for method in ("nothing", "_private", "__init__"):
+        with pytest.raises(EngineNotFound, match=f"has no method '{method}'") as caught:
             one.call(method)
+        assert caught.value.__cause__ is None  # no line of the user's is behind it
+    with pytest.raises(EngineNotFound, match="did you mean 'echo'"):
+        one.call("ecco", 1)
+    for attribute in ("total", "broken"):  # the second is a property, which nobody asks for here
+        with pytest.raises(EngineNotFound, match=f"'{attribute}' of engine_classes:Engine is no method"):
+            one.call(attribute)
     with pytest.raises(EngineNotFound, match="engine 'x' of actor/0 is not there"):
         one.call("echo", 1, engine="x")
-    with pytest.raises(UsageError, match="no worker of a role 'nobody'"):
+    with pytest.raises(UsageError, match="no worker of a role 'nobody'; there are actor, "):
         run.role("nobody")
+    with pytest.raises(UsageError, match=r"it is declared, and run.fork\('late'\) starts it"):
+        run.role("late")
     with pytest.raises(UsageError, match="hosts no engine"):
         run.role("other")
     with pytest.raises(UsageError, match="2 workers"):
@@ -318,7 +358,7 @@ def test_what_is_not_there_is_named(run: Run, one: Worker) -> None:
 
 
 def test_what_cannot_be_sent_back_is_the_calls_failure(one: Worker) -> None:
-    with pytest.raises(CodecError, match=r"engine_classes\.Plain cannot be sent"):
+    with pytest.raises(CodecError, match=r"what unsendable of actor/0 returned: a engine_classes\.Plain cannot be"):
         one.call("unsendable")
     with pytest.raises(CodecError, match=r"engine_classes\.Plain cannot be sent"):
         one.call("echo", Plain())

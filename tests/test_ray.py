@@ -59,11 +59,12 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def assert_gone(shell: Shell, run_id: str) -> None:
-    """The run ends by itself, says that nothing survived, and nothing did."""
+def assert_gone(shell: Shell, run_id: str, why: str = "", *, state: str = "failed") -> None:
+    """The run ends by itself, says how and why and that nothing survived, and nothing did."""
     shell.call("wait", run_id)
     status = shell.status(run_id)
-    assert status["survivors"] == 0, status
+    assert (status["survivors"], status["state"]) == (0, state), status
+    assert why in status["reason"], status
     wait_until(lambda: shell.left(run_id) == [], "everything to be gone")
 
 
@@ -162,13 +163,13 @@ def test_a_command_is_run_on_a_node_by_ray(shell: Shell, ray_python: str) -> Non
 def test_when_the_driver_is_killed(shell: Shell, guardian: bool) -> None:
     run_id = begun(shell)
     os.kill(driver_of(run_id, guardian=guardian), signal.SIGKILL)
-    assert_gone(shell, run_id)
+    assert_gone(shell, run_id, "the agents")  # their launcher ended, or they were lost on all nodes
 
 
 def test_when_the_driver_is_told_to_end(shell: Shell) -> None:
     run_id = begun(shell)
     os.kill(driver_of(run_id), signal.SIGTERM)
-    assert_gone(shell, run_id)
+    assert_gone(shell, run_id, "ended from outside (SIGTERM", state="cancelled")
 
 
 def test_when_an_actor_is_killed(shell: Shell) -> None:
@@ -177,7 +178,7 @@ def test_when_an_actor_is_killed(shell: Shell) -> None:
     actor = parent_of(guardian)
     assert b"ray::" in Path(f"/proc/{actor}/cmdline").read_bytes()
     os.kill(actor, signal.SIGKILL)
-    assert_gone(shell, run_id)
+    assert_gone(shell, run_id, f"the agent on node {shell.status(run_id)['nodes'][1]['node']} was lost: ")
 
 
 @pytest.mark.parametrize("who", ["agent_pid", "guardian_pid"])
@@ -211,7 +212,8 @@ def test_when_a_raylet_is_killed(ray_python: str, tmp_path: Path) -> None:
         head = cluster.raylets[next(iter(cluster.raylets))]
         other = next(pid for place in nodes.values() if (pid := cluster.raylets[place["node_id"]]) != head)
         os.kill(other, signal.SIGKILL)
-        assert_gone(shell, run_id)
+        lost = next(name for name, place in nodes.items() if cluster.raylets[place["node_id"]] == other)
+        assert_gone(shell, run_id, f"the agent on node {lost} was lost: ")
         shell.end()
     finally:
         cluster.end()

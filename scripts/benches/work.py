@@ -12,6 +12,9 @@ class Work:
     def echo(self, value: object) -> object:
         return value
 
+    def take(self, value: object) -> None:
+        return None
+
     def spin(self, rounds: int) -> int:
         total = 0
         for number in range(rounds):

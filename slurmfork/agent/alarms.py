@@ -11,24 +11,38 @@ import os
 import signal
 from collections.abc import Callable
 
-from slurmfork import prctl
+from slurmfork import prctl, process
 
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 
-Told = Callable[[str, int], None]
+HOLDER_GONE = (
+    "what had started this node's guardian is gone (slurmstepd, the launcher, or on Ray the actor or the raylet)"
+)
+
+Told = Callable[[str, int, bool], None]  # why to end, the exit status, and whether what the agent needs is gone
 
 
-def listen(told: Told, *, pass_on: Callable[[int], None], reap: Callable[[], None]) -> None:
-    """Hear of signals from now on: ``told(reason, exit_status)`` to end, ``pass_on`` of those for workers."""
+def listen(guardian_pid: int, told: Told, *, pass_on: Callable[[int], None], reap: Callable[[], None]) -> None:
+    """Hear of signals from now on: ``told`` to end, ``pass_on`` of those for workers.
+
+    The guardian, which asks the kernel to be told of its parent's death, passes that on as SIGTERM, too.
+    """
     loop = asyncio.get_running_loop()
+    holder = process.parent(guardian_pid)
+
+    def ends(number: signal.Signals) -> None:
+        if process.parent(guardian_pid) not in (0, holder):
+            told(HOLDER_GONE, 128 + number, True)
+        else:
+            told(f"{number.name} (scancel, a time limit, or somebody's kill)", 128 + number, False)
+
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # a failed write is an error, no reason to die
         signal.signal(number, signal.SIG_IGN)
     # uvloop keeps SIGCHLD from add_signal_handler, but runs a plain handler as soon as the signal comes.
     signal.signal(signal.SIGCHLD, lambda number, frame: loop.call_soon_threadsafe(reap))
     for number in ENDING_SIGNALS:
-        reason = f"{number.name} (scancel, a time limit, or somebody's kill)"
-        loop.add_signal_handler(number, told, reason, 128 + number)
+        loop.add_signal_handler(number, ends, number)
     for number in PASSED_ON:
         loop.add_signal_handler(number, pass_on, number)
 
@@ -37,7 +51,7 @@ def watch_guardian(guardian_pid: int, told: Told) -> None:
     """Hear of the guardian's death: nobody else would clean up after the agent then."""
 
     def gone() -> None:
-        told("the guardian of this node was killed", 1)
+        told("the guardian of this node was killed", 1, True)
 
     try:
         _watch(guardian_pid, gone)
@@ -53,7 +67,7 @@ def watch_guardian(guardian_pid: int, told: Told) -> None:
 def watch_init(init: int, told: Told) -> None:
     """Hear of the end of the namespace's init: all that was in there went with it, and nothing more can be started."""
     with contextlib.suppress(OSError, AttributeError):  # a kernel before 5.3: the next start says so
-        _watch(init, lambda: told("the init of this node's PID namespace was killed", 1))
+        _watch(init, lambda: told("the init of this node's PID namespace was killed", 1, True))
 
 
 def _watch(pid: int, gone: Callable[[], None]) -> None:

@@ -118,7 +118,7 @@ class Agent:
 
     async def run(self) -> int:
         """From the first word with the head to the last."""
-        alarms.listen(self._told, pass_on=self._supervisor.pass_on, reap=self._supervisor.reap)
+        alarms.listen(self._guardian_pid, self._told, pass_on=self._supervisor.pass_on, reap=self._supervisor.reap)
         alarms.watch_guardian(self._guardian_pid, self._told)
         if self._namespace is not None:
             alarms.watch_init(self._namespace.init.pid, self._told)
@@ -232,7 +232,7 @@ class Agent:
 
     # --- the end
 
-    def _told(self, reason: str, status: int) -> None:
+    def _told(self, reason: str, status: int, lost: bool) -> None:
         """Told to end, not by the head. A second time means no more than the first."""
         if self._told_at is not None:
             log.info("told again: %s", reason)
@@ -240,7 +240,7 @@ class Agent:
         log.warning("told to end: %s", reason)
         self._told_at = self._loop.time()
         self._supervisor.freeze()
-        self._uplink.tell("going", Going(reason=reason))
+        self._uplink.tell("going", Going(reason=reason, lost=lost))
         self._begin(self._await_order(status))
 
     async def _await_order(self, status: int) -> None:

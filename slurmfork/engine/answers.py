@@ -13,6 +13,7 @@ from slurmfork.engine.channel import Channel
 from slurmfork.engine.codec import Packed, pack, pack_pickle
 from slurmfork.engine.failures import pack_failure
 from slurmfork.engine.hosted import Running
+from slurmfork.errors import CodecError
 
 REMEMBERED = 8192
 
@@ -95,7 +96,9 @@ class Answers:
     def frame(self, message: wire.Message, value: Packed) -> wire.Frame:
         """A frame for where the caller is."""
         channel = self.channel
-        return wire.frame(message, value, channel.lender if channel is not None else None)
+        if channel is None:
+            return wire.frame(message, value)
+        return wire.frame(message, value, channel.lender, channel.memory)
 
     def _send(self, frame: wire.Frame, *, later: bool = False) -> None:
         channel = self.channel
@@ -104,5 +107,8 @@ class Answers:
 
 
 def packed(message: wire.Call, value: Any) -> Packed:
-    """A value in the way that the caller asked for; raises CodecError."""
-    return pack_pickle(value) if message.pickled else pack(value)
+    """A value in the way that the caller asked for; raises CodecError, which names the method."""
+    try:
+        return pack_pickle(value) if message.pickled else pack(value)
+    except CodecError as error:
+        raise CodecError(f"what {message.method} of {message.worker} returned: {error}") from None

@@ -157,6 +157,8 @@ class Connection:
 
     def disown(self) -> None:
         """In a process that was forked: the connection is the parent's."""
+        if self._channel is not None:
+            self._channel.disown()
         self.lost, self._channel, self._lock = True, None, threading.Lock()
 
     def _send(
@@ -169,7 +171,7 @@ class Connection:
             received, self._received = self._received, []
             self._pending[number] = pending
         try:
-            pending.frame = frame = wire.frame(make(number, received), value, channel.lender)
+            pending.frame = frame = wire.frame(make(number, received), value, channel.lender, channel.memory)
         except BaseException:
             self._pending.pop(number, None)
             raise

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from slurmfork.engine.inbox import Arrived
 from slurmfork.engine.shared import Lender
+from slurmfork.engine.warm import Warm
 from slurmfork.engine.wire import Frame
 
 BUFFER = 1024 * 1024  # bytes that a socket is asked to hold
@@ -19,6 +21,7 @@ class Channel(Protocol):
     """What a connection is to those who use it. ``lost`` of the maker is called once, in the loop, when it ends."""
 
     lender: Lender | None  # of shared memory, where both ends are on one node
+    memory: Warm | None  # for large buffers where they are not
 
     def send(self, frame: Frame) -> None:
         """Send; what cannot leave at once waits. Nothing happens once it is closed."""
@@ -28,6 +31,9 @@ class Channel(Protocol):
 
     def close(self) -> None:
         """Let what waits go, and end it; in the loop."""
+
+    def disown(self) -> None:
+        """In a process that was forked: the connection is the parent's alone."""
 
 
 Taker = Callable[[Arrived], None]
@@ -39,6 +45,22 @@ class Piece(NamedTuple):
 
     part: bytes | memoryview
     descriptors: Sequence[int] = ()
+
+
+def abandon(*sockets: _Descriptor | None) -> None:
+    """In a process that was forked: have no part in these, so that their other ends hear of the parent's death.
+
+    Their numbers stay taken: whoever closes one here closes nothing of somebody else's.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for one in sockets:
+        if one is not None and (number := one.fileno()) >= 0:
+            os.dup2(nothing, number, inheritable=False)
+    os.close(nothing)
+
+
+class _Descriptor(Protocol):
+    def fileno(self) -> int: ...
 
 
 def pieces(frame: Frame) -> Iterator[Piece]:

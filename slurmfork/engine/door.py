@@ -10,10 +10,11 @@ import contextlib
 import logging
 import os
 import socket
+import weakref
 from pathlib import Path
 
 from slurmfork.engine import wire
-from slurmfork.engine.channel import Channel
+from slurmfork.engine.channel import Channel, abandon
 from slurmfork.engine.hosted import Engines
 from slurmfork.engine.hosting import TLS, UNIX, Hosting
 from slurmfork.engine.inbox import Arrived
@@ -42,6 +43,8 @@ class Door:
         self._server: asyncio.Server | None = None
         self._closed = False
         self._visits: set[_Visit] = set()
+        disown = weakref.WeakMethod(self._disown)
+        os.register_at_fork(after_in_child=lambda: (found := disown()) and found())
 
     def open(self) -> list[str]:
         """Begin to listen; the endpoints, the quickest first. Raises OSError."""
@@ -126,6 +129,13 @@ class Door:
         if session.deserted and self._sessions.get(name) is session:
             del self._sessions[name]
             session.close()
+
+    def _disown(self) -> None:
+        """What an engine forks (a loader, say) must not keep callers from hearing that this process has ended."""
+        abandon(self._unix, self._tcp)
+        for visit in self._visits:
+            if visit.channel is not None:
+                visit.channel.disown()
 
     def close(self) -> None:
         """Let nobody in any more, and see those out who are in; harmless when repeated."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from slurmfork.engine import classes
 from slurmfork.engine.codec import Packed, pack, unpack
-from slurmfork.errors import CodecError, EngineCallError, WorkerFailed
+from slurmfork.errors import CodecError, EngineCallError, SlurmforkError, WorkerFailed
 
 if TYPE_CHECKING:
     from slurmfork.messages import WorkerView
@@ -36,20 +36,43 @@ class RemoteTraceback(Exception):
 
 
 def pack_failure(error: BaseException) -> Packed:
-    """What is sent. Arguments and attributes that cannot travel stay behind."""
+    """What is sent, of whatever a method raises. Arguments and attributes that cannot travel stay behind."""
+    try:
+        return _packed(error)
+    except Exception as fault:  # of its own making: an exception may be of any class
+        told = EngineCallError(f"{type(error).__qualname__}, of which no more can be told ({type(fault).__name__})")
+        return _packed(told)
+
+
+def _packed(error: BaseException) -> Packed:
     kind = type(error)
-    trace = "".join(traceback.format_exception(kind, error, _beyond_us(error.__traceback__)))
     name = [kind.__module__, kind.__qualname__]
+    text = _words(error)
     arguments, whole = _sendable(error.args), True
     if arguments is None:
-        arguments, whole = [str(error)], False
+        arguments, whole = [text], False
     attributes = {key: value for key, value in vars(error).items() if _sendable(value) is not None}
     notes = [str(note) for note in attributes.pop("__notes__", ())]
-    return pack([name, whole, arguments, attributes, notes, str(error), trace])
+    return pack([name, whole, arguments, attributes, notes, text, _traceback(error)])
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as fault:
+        return f"(its __str__ raises {type(fault).__name__})"
+
+
+def _traceback(error: BaseException) -> str:
+    """In words; empty for what is slurmfork's own to say, which has no line of the user's behind it."""
+    trace = _beyond_us(error.__traceback__)
+    if trace is None and isinstance(error, SlurmforkError) and error.__cause__ is None:
+        return ""
+    return "".join(traceback.format_exception(type(error), error, trace or error.__traceback__))
 
 
 def unpack_failure(body: bytes, buffers: Sequence[Any], packages: Collection[str]) -> Exception:
-    """The exception; its cause is the remote traceback."""
+    """The exception; its cause is the remote traceback, where there is one."""
     (module, name), whole, arguments, attributes, notes, text, trace = unpack(body, buffers, packages)
     error = _again(module, name, arguments, attributes, packages) if whole else None
     if error is None:
@@ -57,7 +80,8 @@ def unpack_failure(body: bytes, buffers: Sequence[Any], packages: Collection[str
         error = EngineCallError(f"{shown}: {text}" if text else shown, f"{module}:{name}")
     if notes:
         error.__notes__ = notes  # type: ignore[attr-defined]
-    error.__cause__ = RemoteTraceback(trace)
+    if trace:
+        error.__cause__ = RemoteTraceback(trace)
     return error
 
 
@@ -91,11 +115,11 @@ def _sendable(value: Any) -> Any:
 
 
 def _beyond_us(trace: TracebackType | None) -> TracebackType | None:
-    """The traceback without the host's own frames, which tell a user nothing."""
+    """The traceback without the host's own frames, which tell a user nothing; None if there are no others."""
     rest = trace
     while rest is not None and rest.tb_frame.f_code.co_filename.startswith(_OURS):
         rest = rest.tb_next
-    return rest or trace
+    return rest
 
 
 # --- workers that are gone -----------------------------------------------------------------------------------

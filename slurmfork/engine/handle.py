@@ -90,7 +90,7 @@ class Worker:
         **kwargs: Any,
     ) -> Future[Any]:
         """Begin a call; its future. What was passed may be changed as soon as this returns."""
-        return self._submit(method, packed(args, kwargs, codec), engine, timeout, codec)
+        return self._submit(method, packed(args, kwargs, codec), engine, seconds(timeout), codec)
 
     def _submit(self, method: str, value: Packed, engine: str, timeout: float | None, codec: Codec) -> Future[Any]:
         def make(number: int, received: list[int]) -> wire.Message:
@@ -139,6 +139,8 @@ class Worker:
     def _create(self, name: str, path: str, value: Packed) -> Future[Any]:
         if not name:
             raise UsageError("an engine needs a name; the one without is the worker's own")
+        if not all(path.partition(":")):
+            raise UsageError(f"{path!r} names no class; write package.module:Class")
         return self._request(lambda number, _: wire.Create(number, self.name, name, path, False), value, None)
 
     def remove_engine(self, name: str) -> None:
@@ -204,6 +206,13 @@ def packed(args: Sequence[Any], kwargs: dict[str, Any], codec: Codec) -> Packed:
     if codec not in (None, "pickle"):
         raise UsageError(f"codec is None or 'pickle', not {codec!r}")
     return (pack_pickle if codec else pack)([list(args), kwargs])
+
+
+def seconds(timeout: float | None) -> float | None:
+    """A time limit as it may be; raises UsageError."""
+    if timeout is not None and (not isinstance(timeout, (int, float)) or not timeout > 0):
+        raise UsageError(f"timeout is a number of seconds above 0, or None, not {timeout!r}")
+    return timeout
 
 
 def up(view: WorkerView) -> WorkerView:

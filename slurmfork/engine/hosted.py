@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 
 from slurmfork.engine import classes
@@ -80,13 +81,33 @@ class Hosted:
         """A method, and whether it is for the event loop; raises EngineNotFound."""
         found = self._methods.get(name)
         if found is None:
-            method = None if name.startswith("_") else getattr(self.object, name, None)
+            method = self._attribute(name)
             if not callable(method):
-                raise EngineNotFound(f"{self.path} has no method {name!r}")
+                raise EngineNotFound(self._no_method(name))
             function = method if inspect.isroutine(method) else method.__call__
             loop = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
             found = self._methods[name] = (method, loop)
         return found
+
+    def _attribute(self, name: str) -> Any:
+        """What may be called by this name; a property would run here, which is not its thread."""
+        if name.startswith("_") or isinstance(self._static(name), (property, cached_property)):
+            return None
+        return getattr(self.object, name, None)
+
+    def _no_method(self, name: str) -> str:
+        if name.startswith("_"):
+            return f"{self.path} has no method {name!r} to be called: names that begin with _ are its own"
+        if self._static(name) is not None:
+            return f"{name!r} of {self.path} is no method: have one return it"
+        import difflib
+
+        there = [known for known in dir(self.object) if not known.startswith("_") and callable(self._static(known))]
+        near = difflib.get_close_matches(name, there, 1)
+        return f"{self.path} has no method {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+    def _static(self, name: str) -> Any:
+        return inspect.getattr_static(self.object, name, None)
 
     def do(self, job: Callable[[], None]) -> None:
         """Have its thread do something, in order."""

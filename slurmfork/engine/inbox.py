@@ -12,11 +12,11 @@ import msgspec
 
 from slurmfork.engine import wire
 from slurmfork.engine.shared import Borrower
+from slurmfork.engine.warm import LEAST, Warm
 from slurmfork.errors import CodecError
 
 _ROOM = 256 * 1024
 _LITTLE = 16 * 1024  # room in which reading goes on before what is unread is moved to the front
-_MAPPED = 1024 * 1024  # bytes from which a buffer gets pages of its own, which the kernel clears as they are touched
 _MOST_BUFFERS = 1 << 20
 
 
@@ -31,11 +31,14 @@ class Arrived(NamedTuple):
 class Inbox:
     """Makes frames of what is read: fill ``room()``, tell ``filled``; ``take`` hears of each frame, in order.
 
-    Large buffers are read to where they stay, or are a ``borrower``'s. ``filled`` raises CodecError for what is no
-    frame.
+    Large buffers are read to where they stay, in ``memory`` if that is given, or are a ``borrower``'s. ``filled``
+    raises CodecError for what is no frame.
     """
 
-    def __init__(self, take: Callable[[Arrived], None], borrower: Borrower | None = None) -> None:
+    def __init__(
+        self, take: Callable[[Arrived], None], borrower: Borrower | None = None, memory: Warm | None = None
+    ) -> None:
+        self._memory = memory
         self.descriptors: deque[int] = deque()
         self._take = take
         self._borrower = borrower
@@ -101,7 +104,7 @@ class Inbox:
 
     def _large(self, size: int) -> Generator[None, None, Any]:
         try:
-            made: Any = bytearray(size) if size < _MAPPED else mmap.mmap(-1, size, mmap.MAP_PRIVATE)
+            made = self._fresh(size)
         except (OSError, MemoryError, OverflowError) as error:
             raise CodecError(f"no memory for {size} bytes: {error}") from None
         target = memoryview(made)
@@ -112,7 +115,12 @@ class Inbox:
             self._aside = target[here:]
             while self._aside is not None:
                 yield
-        return made if size < _MAPPED else target
+        return made if size < LEAST else target
+
+    def _fresh(self, size: int) -> Any:
+        if size < LEAST:
+            return bytearray(size)
+        return self._memory.take(size) if self._memory is not None else mmap.mmap(-1, size, mmap.MAP_PRIVATE)
 
     def _shared(self, size: int, block: int) -> memoryview:
         if self._borrower is None or (block & 1 and not self.descriptors):

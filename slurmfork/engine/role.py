@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from slurmfork.engine.futures import gathered
-from slurmfork.engine.handle import Codec, Worker, packed, result, up
+from slurmfork.engine.handle import Codec, Worker, packed, result, seconds, up
 from slurmfork.engine.source import Source
 from slurmfork.errors import UsageError
 from slurmfork.spec.model import Spec
@@ -29,11 +29,14 @@ from slurmfork.spec.model import Spec
 class Role:
     """All workers of a role that hosts engines."""
 
-    def __init__(self, source: Source, name: str, packages: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, source: Source, name: str, packages: frozenset[str] = frozenset(), spec: Spec | None = None
+    ) -> None:
         self.name = name
         views = source.engine_views(name)
         if not views:
-            raise UsageError(f"run {source.run_id} has no worker of a role {name!r}")
+            hint = _hint(spec, name) if spec is not None else ""
+            raise UsageError(f"run {source.run_id} has no worker of a role {name!r}{hint}")
         self.workers = [Worker(source, up(view), packages) for view in sorted(views, key=lambda view: view.index)]
         self._source = source
 
@@ -84,7 +87,7 @@ class Role:
         **kwargs: Any,
     ) -> Future[list[Any]]:
         """Begin the same; a future of the results."""
-        value = packed(args, kwargs, codec)
+        value, timeout = packed(args, kwargs, codec), seconds(timeout)
         return gathered([worker._submit(method, value, engine, timeout, codec) for worker in self.workers])
 
     def scatter(
@@ -127,6 +130,7 @@ class Role:
         """Begin the same; a future of the results."""
         if len(arguments) != len(self.workers):
             raise UsageError(f"{self.name} has {len(self.workers)} workers, and there are {len(arguments)} arguments")
+        timeout = seconds(timeout)
         values = [packed(one if isinstance(one, tuple) else (one,), {}, codec) for one in arguments]
         pairs = zip(self.workers, values, strict=True)
         return gathered([worker._submit(method, value, engine, timeout, codec) for worker, value in pairs])
@@ -142,6 +146,16 @@ class Role:
 
     async def _connect(self) -> None:
         await asyncio.gather(*(worker._connect_first() for worker in self.workers))
+
+
+def _hint(spec: Spec, name: str) -> str:
+    """What may have been meant by a role that has no worker."""
+    if name in spec.roles:
+        return f": it is declared, and run.fork({name!r}) starts it"
+    import difflib
+
+    near = difflib.get_close_matches(name, spec.roles, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(spec.roles)}"
 
 
 def packages_of(spec: Spec) -> frozenset[str]:

@@ -32,8 +32,9 @@ class Stream:
     """An iterator over a generator in an engine. ``close`` ends that early; so does leaving a ``with``."""
 
     def __init__(self, begin: Begin) -> None:
-        self._queue: queue.SimpleQueue[_Entry] = queue.SimpleQueue()
-        more, self._give_up = begin(lambda *entry: self._queue.put(entry))
+        self._queue = items = queue.SimpleQueue[_Entry]()
+        # Who sends must not hold this object: that nobody else does any more is what ends the generator.
+        more, self._give_up = begin(lambda *entry: items.put(entry))
         self._credit = _Credit(more)
         self._over = False
 
@@ -74,8 +75,8 @@ class AsyncStream:
 
     def __init__(self, begin: Begin) -> None:
         loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[_Entry] = asyncio.Queue()
-        more, self._give_up = begin(lambda *entry: _tell(loop, self._queue, entry))
+        self._queue = items = asyncio.Queue[_Entry]()
+        more, self._give_up = begin(lambda *entry: _tell(loop, items, entry))
         self._credit = _Credit(more)
         self._over = False
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from slurmfork import silence
-from slurmfork.engine.channel import BUFFER, Loser, Piece, Taker, pieces
+from slurmfork.engine.channel import BUFFER, Loser, Piece, Taker, abandon, pieces
 from slurmfork.engine.inbox import Inbox
 from slurmfork.engine.shared import Lender
+from slurmfork.engine.warm import Warm
 from slurmfork.engine.wire import Frame
 from slurmfork.errors import CodecError
 
@@ -29,7 +30,8 @@ class TlsChannel(asyncio.BufferedProtocol):
 
     def __init__(self, take: Taker, lost: Loser, made: Callable[[TlsChannel], None] = lambda channel: None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._inbox = Inbox(take)
+        self.memory: Warm | None = Warm(self._loop)
+        self._inbox = Inbox(take, memory=self.memory)
         self._lost = lost
         self._made = made
         self._transport: asyncio.Transport | None = None
@@ -110,6 +112,11 @@ class TlsChannel(asyncio.BufferedProtocol):
                 self._waiting.appendleft(Piece(memoryview(part)[BUFFER:]))
                 part = memoryview(part)[:BUFFER]
             self._transport.write(part)
+
+    def disown(self) -> None:
+        """See Channel."""
+        if self._transport is not None:
+            abandon(self.fact("socket"))
 
     def close(self) -> None:
         """See Channel."""

@@ -14,9 +14,10 @@ import threading
 from collections import deque
 
 from slurmfork.engine import wire
-from slurmfork.engine.channel import BUFFER, Loser, Piece, Taker, pieces
+from slurmfork.engine.channel import BUFFER, Loser, Piece, Taker, abandon, pieces
 from slurmfork.engine.inbox import Arrived, Inbox
 from slurmfork.engine.shared import IDLE_S, Borrower, Lender
+from slurmfork.engine.warm import Warm
 from slurmfork.engine.wire import Frame
 from slurmfork.errors import CodecError
 
@@ -30,6 +31,8 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 class UnixChannel:
     """Over a connected Unix socket, which it owns. Made in the loop."""
+
+    memory: Warm | None = None
 
     def __init__(self, sock: socket.socket, take: Taker, lost: Loser) -> None:
         sock.setblocking(False)
@@ -198,6 +201,10 @@ class UnixChannel:
                 return
             if self._over or count < len(room):
                 return
+
+    def disown(self) -> None:
+        """See Channel."""
+        abandon(self._socket)
 
     def close(self) -> None:
         """See Channel."""

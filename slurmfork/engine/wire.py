@@ -16,6 +16,7 @@ from msgspec import Struct
 from slurmfork.engine import shared
 from slurmfork.engine.codec import Packed
 from slurmfork.engine.shared import Block, Lender
+from slurmfork.engine.warm import Warm
 
 PREFIX = struct.Struct("<III4x")  # bytes of the head, bytes of the body, number of buffers
 BUFFER = struct.Struct("<QQ")  # its bytes; 0, or the number of a block of shared memory, doubled, and 1 if it is new
@@ -152,7 +153,9 @@ class Frame:
 
     __slots__ = ("blocks", "lender", "lent", "parts", "size")
 
-    def __init__(self, parts: list[bytes], blocks: Sequence[Block] = (), lender: Lender | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[bytes | memoryview], blocks: Sequence[Block] = (), lender: Lender | None = None
+    ) -> None:
         self.parts = parts
         self.blocks = blocks
         self.lender = lender
@@ -176,8 +179,8 @@ class Frame:
 NOTHING = Packed(b"", ())
 
 
-def frame(message: Message, value: Packed = NOTHING, lender: Lender | None = None) -> Frame:
-    """What is sent; large buffers go by shared memory where there is a ``lender``."""
+def frame(message: Message, value: Packed = NOTHING, lender: Lender | None = None, memory: Warm | None = None) -> Frame:
+    """What is sent; large buffers go by shared memory where there is a ``lender``, else are copied to ``memory``."""
     head = _encode(message)
     if not value.buffers:
         return Frame([PREFIX.pack(len(head), len(value.body), 0) + head + value.body])
@@ -196,4 +199,4 @@ def frame(message: Message, value: Packed = NOTHING, lender: Lender | None = Non
     start = b"".join((PREFIX.pack(len(head), len(value.body), len(table)), *table, head, value.body))
     if sum(data.nbytes for data in inline) < _JOINED:
         return Frame([b"".join((start, *inline))], blocks, lender)
-    return Frame([start, *map(bytes, inline)], blocks, lender)
+    return Frame([start, *map(memory.copy if memory is not None else bytes, inline)], blocks, lender)

@@ -137,16 +137,23 @@ class Ending:
             what = f"{self._main} is done" if self._main else "all workers are done"
             self.decide(Verdict(RunState.COMPLETED, what, 0))
 
-    def node_lost(self, node: str) -> None:
-        """An agent is gone for longer than its lease: its workers are, too, or soon will be."""
+    def node_lost(self, node: str, how: str = "", budget: float | None = None, *, everywhere: bool = False) -> None:
+        """An agent is gone for longer than its lease, or says how it is lost: its workers are, too, or soon will be.
+
+        ``everywhere``: so it is on all nodes.
+        """
         lost = [v for v in self._table.workers.values() if v.node == node and v.state not in OVER_STATES]
         for view in lost:
             view.state, view.reason = WorkerState.FAILED, f"the agent on {node} was lost"
             self._table.event("worker", state="failed", worker=view.worker, node=node, message=view.reason)
-        if self._spec.on_node_fail == "continue" and not any(view.role == self._main for view in lost):
+        goes_on = self._spec.on_node_fail == "continue" and not everywhere
+        if goes_on and not any(view.role == self._main for view in lost):
             log.warning("node %s is lost: the run goes on without it", node)
         else:
-            self.decide(Verdict(RunState.FAILED, f"the agent on node {node} was lost", 1, outside=True, lost=node))
+            reason = "the agents on all nodes were lost" if everywhere else f"the agent on node {node} was lost"
+            if how:
+                reason += f"; on {node} {how}" if everywhere else f": {how}"
+            self.decide(Verdict(RunState.FAILED, reason, 1, budget, outside=True, lost=node))
 
     def launcher_ended(self, log_tail: str) -> None:
         """The launcher is gone while the run was not over: no agent is left, or none ever came."""

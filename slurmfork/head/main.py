@@ -46,6 +46,7 @@ JOIN_TIMEOUT = 600.0  # nodes of cloud clusters boot for minutes
 KILL_WAIT = 30.0  # Slurm's default; what follows SIGTERM must be over before
 LINGER = 10.0
 LAST_PATIENCE = 2.0
+LAUNCHERS_TURN = 0.3  # in which its end is heard, if it is that: agents that are about to end wait for half a second
 HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -66,6 +67,7 @@ class Head:
         self._record, self._spec = record, spec
         self._planned: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._bereaved: set[str] = set()  # nodes on which what the agent needs is gone
 
     async def run(self) -> int:
         """The whole life of the run."""
@@ -271,10 +273,23 @@ class Head:
                 self._table.update_worker(view)
                 self._ending.worker_changed(view, self._planned)
         elif op == "going":
-            reason = msgspec.json.decode(body, type=Going).reason
-            self._ending.told(f"{reason}, heard on node {node}", _kill_wait())
+            going = msgspec.json.decode(body, type=Going)
+            if going.lost:
+                self._begin(self._bereft(node, going.reason))
+            else:
+                self._ending.told(f"{going.reason}, heard on node {node}", _kill_wait())
         else:
             raise Refused(f"unknown notice {op!r}", "unknown")
+
+    async def _bereft(self, node: str, reason: str) -> None:
+        """What an agent needs on its node is gone. If that is the launcher's doing, its own end says more."""
+        self._bereaved.add(node)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._launcher.ended), LAUNCHERS_TURN)
+            return
+        everywhere = len(self._bereaved) == len(self._table.nodes) > 1
+        if not self._ending.decided.done():
+            self._ending.node_lost(node, reason, _kill_wait(), everywhere=everywhere)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -37,6 +37,7 @@ class Plan:
     directory: Path
     until: float = float("inf")
     keep: bool = False
+    engines: bool = False
 
     def trial_directory(self, seed: int) -> Path:
         return self.directory / f"trial-{seed}"
@@ -102,7 +103,7 @@ def _job(plan: Plan, number: int, turn: Any, far: Connection) -> None:
     directory = plan.directory / f"job-{number}"
     directory.mkdir()
     try:
-        with Stage(directory, plan.backend, plan.proctrack).up() as stage:
+        with Stage(directory, plan.backend, plan.proctrack, engines=plan.engines).up() as stage:
             while (seed := _next(turn)) in plan.seeds and time.monotonic() < plan.until:
                 far.send(plan.trial(stage, seed))
     except Broken as error:

@@ -41,12 +41,30 @@ def bring(trial: Trial) -> None:
         if not _wait_over(trial, PATIENCE):
             trial.fail(f"never over: {trial.status_words()}")
     _told_too_early(trial)
+    _end_caller(trial)
     for child in trial.background:
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.communicate(timeout=stage.PATIENCE)
         if child.poll() is None:
             trial.fail(f"`slurmfork {child.args[3]}` hangs")  # type: ignore[index]
             stage.kill_group(child)
+
+
+def _end_caller(trial: Trial) -> None:
+    """Whoever calls engines has every call answered, or failed, by the time that the run is over."""
+    if trial.caller is None:
+        return
+    try:
+        said, _ = trial.caller.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        trial.caller.send_signal(signal.SIGABRT)
+        said, _ = trial.caller.communicate()
+        trial.fail(f"calls of engines hang when the run is over: {said.strip()[-1500:]}")
+        return
+    if trial.caller.returncode:
+        trial.fail(f"who calls engines was told something else: {said.strip()[-1500:]}")
+    else:
+        trial.note(f"calls of engines: {said.strip()}")
 
 
 def _from_outside(trial: Trial) -> None:

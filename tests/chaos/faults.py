@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 ANY_MOMENT = ("starting", "forking", "ready", "stopping")
 LATER = ("forking", "ready", "stopping")
-BOTH = ("local", "slurm")
+BACKENDS = ("local", "slurm", "ray")
 TRACKERS = ("linuxproc", "pgid", "cgroup")
 
 Act = Callable[["Trial"], None]
@@ -48,7 +48,7 @@ class Fault:
     prepare: Act = nothing
     finish: Act = nothing
     moments: tuple[str, ...] = ANY_MOMENT
-    backends: tuple[str, ...] = BOTH
+    backends: tuple[str, ...] = BACKENDS
     ends: bool = True
     outside: bool = False
     cleans: bool = False

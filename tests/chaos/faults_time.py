@@ -39,6 +39,7 @@ def _file(trial: Trial) -> Path:
     "clock-back",
     "the clock of head and agents set back, by seconds, an hour, or forty days",
     prepare=_own_clock,
+    backends=("local", "slurm"),  # Ray's processes, which are the cluster's, have the machine's clock
     ends=False,
     lacks=_lacks,
     excuses="intent",

@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chaos import batch, faults_kinds, faults_slurm, faults_steps, faults_storage, faults_time, table
+from chaos import batch, faults_kinds, faults_ray, faults_slurm, faults_steps, faults_storage, faults_time, table
 from chaos.batch import Plan
-from chaos.faults import BOTH, REGISTRY, TRACKERS, Fault
+from chaos.faults import BACKENDS, REGISTRY, TRACKERS, Fault
 from chaos.result import Batch, Result, circumstances, load, save
 from chaos.stage import Broken
 
 # Importing them fills the registry.
-ROOMS = (faults_kinds, faults_slurm, faults_steps, faults_storage, faults_time)
+ROOMS = (faults_kinds, faults_ray, faults_slurm, faults_steps, faults_storage, faults_time)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,10 +30,11 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_argument
     add("--trials", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
     add("--seed", type=int, default=1, metavar="S", help="of the first trial; each next has the next (default: 1)")
-    add("--backend", choices=BOTH, default="local")
+    add("--backend", choices=BACKENDS, default="local")
     add("--proctrack", choices=TRACKERS, default=TRACKERS[0], help="how Slurm knows a job's processes")
     add("--fault", nargs="+", action="extend", metavar="NAME", help="only these; --list names them")
     add("--pairs", action="store_true", help="two faults a trial, of those that --list marks")
+    add("--engines", action="store_true", help="runs that host engines alone; else some of them do")
     add("--jobs", type=int, default=1, metavar="N", help="trials side by side, each job with a cluster of its own")
     add("--results", type=Path, metavar="FILE", help="add what was found to this file, after each trial")
     add("--table", type=Path, metavar="FILE", help="write the page docs/faults.md, of this batch or of those of --from")
@@ -46,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 def show_list() -> None:
     for one in REGISTRY.values():
-        marks = ["pairs"] * one.core + ["only by name"] * one.named + [one.backends[0]] * (len(one.backends) == 1)
+        marks = (
+            ["pairs"] * one.core + ["only by name"] * one.named + [", ".join(one.backends)] * (one.backends != BACKENDS)
+        )
         if lacks := one.lacks():
             marks.append(f"not here: {lacks}")
         print(f"{one.name:<24} {one.about}" + (f"  ({', '.join(marks)})" if marks else ""))
@@ -111,6 +114,7 @@ def perform(asked: argparse.Namespace) -> Batch:
         directory=directory,
         until=time.monotonic() + 60 * asked.minutes if asked.minutes else float("inf"),
         keep=asked.keep,
+        engines=asked.engines,
     )
     try:
         for result in batch.run(plan, asked.jobs):
@@ -132,6 +136,7 @@ def options(asked: argparse.Namespace) -> str:
     """Those that say what the trials were, as they may be given again."""
     words = [f"--trials {asked.trials} --seed {asked.seed}"]
     words += [f"--fault {' '.join(asked.fault or ())}"] * bool(asked.fault) + ["--pairs"] * asked.pairs
+    words += ["--engines"] * asked.engines
     return " ".join([*words, f"--jobs {asked.jobs}"])
 
 

@@ -1,4 +1,7 @@
-"""The parts of a run: which processes are its agents, guardians, head, launcher, batch script."""
+"""The parts of a run: which processes are its agents, guardians, head, launcher, batch script.
+
+On Ray also its driver, which is a child of the launcher's, and the holders: the actors that guardians are children of.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from chaos import sight
 from chaos.sight import Who
 
 COMMS = {"guardian": b"slurmfork-guard\n", "agent": b"slurmfork-agent\n"}
-MARKS = {"head": b"head/__main__.py", "launcher": b"backends/local_nodes.py", "batch": b"/batch.sh\0"}
+MARKS = {"head": b"head/__main__.py", "batch": b"/batch.sh\0"}
+LAUNCHERS = {"local": b"backends/local_nodes.py", "ray": b"backends/ray_driver.py"}
 
 
 @dataclass(frozen=True)
@@ -21,12 +25,19 @@ class Parts:
 
     def find(self, part: str) -> list[Who]:
         """All that are this part; of a shell that has forked for a moment, the first."""
+        if part == "holder":
+            above = {sight.parent(one.pid) for one in self.find("guardian")} if self.backend == "ray" else set()
+            return [one for pid in above if (one := sight.who(pid))]
+        if part == "driver":
+            below = {one.pid for one in self.find("launcher")}
+            return [one for pid in sight.pids() if sight.parent(pid) in below and (one := sight.who(pid))]
         found = [one for pid in sight.pids() if self._is(pid, part) and (one := sight.who(pid))]
         return [one for one in found if not self._is(sight.parent(one.pid), part)]
 
     def _is(self, pid: int, part: str) -> bool:
         if part in COMMS:
-            return sight.read(pid, "comm") == COMMS[part] and sight.carries(pid, self.run_id)
+            named = sight.read(pid, "comm") == COMMS[part] and sight.carries(pid, self.run_id)
+            return named and not self._launches(pid)  # the driver on Ray has a guardian, too
         words = sight.read(pid, "cmdline")
         if self.backend == "slurm" and part == "launcher":
             return sight.read(pid, "comm") == b"srun\n" and sight.carries(pid, self.run_id)
@@ -34,5 +45,9 @@ class Parts:
             job = f"SLURM_JOB_ID={self.job_id}\0".encode()
             return words.startswith(b"/bin/bash\0") and b"slurm_script" in words and job in sight.read(pid, "environ")
         if part == "launcher":
-            return MARKS[part] in b"".join(words.split(b"\0")[2:3]) and sight.carries(pid, self.run_id)
+            return self._launches(pid) and sight.carries(pid, self.run_id)
         return MARKS[part] in words and f"/{self.run_id}".encode() in words
+
+    def _launches(self, pid: int) -> bool:
+        program = b"".join(sight.read(pid, "cmdline").split(b"\0")[2:3])
+        return self.backend in LAUNCHERS and program.endswith(LAUNCHERS[self.backend])

@@ -22,7 +22,7 @@ class Result:
     """One trial. ``left``: what was there when all was over; ``survivors``: what `slurmfork clean` left of it.
 
     ``due``: the fault is one against which no ring can hold, so that clean was due: only what it left is counted.
-    ``missed``: whom the fault was for was gone before it struck.
+    ``missed``: whom the fault was for was gone before it struck. ``engines``: the run hosted some, and was called.
     """
 
     seed: int
@@ -32,6 +32,7 @@ class Result:
     seconds: float | None = None
     due: bool = False
     missed: bool = False
+    engines: bool = False
     left: list[str] = field(default_factory=list)
     survivors: list[str] = field(default_factory=list)
     innocents: list[str] = field(default_factory=list)

@@ -99,6 +99,7 @@ class Sight:
     job: tuple[str, str] = ("", "")  # id, and the configuration of its cluster
     spared: set[Who] = field(default_factory=set)
     known: set[Who] = field(default_factory=set)
+    _held: set[Who] = field(default_factory=set)
     _read_to: int = 0
     _lines: list[Line] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -138,10 +139,15 @@ class Sight:
             if one and one not in self.known and (mark in read(pid, "cmdline") or mark in read(pid, "maps")):
                 yield one
 
+    def hold(self, those: Iterable[Who]) -> None:
+        """These are the run's as well, though nothing that they bear says so."""
+        self._held.update(those)
+
     def own(self) -> set[Who]:
-        """Everything alive that slurmfork runs for the trial, and what Slurm runs in its job; workers left out."""
+        """Everything alive that slurmfork runs for the trial, and what Slurm or Ray runs for it; workers left out."""
         with self._lock:
             found = {one for pid in _all_pids() if (one := who(pid)) and self._is_own(pid)}
+            found |= {one for one in self._held if lives(one)}
             return {one for one in found - self.spared - self.known if parent(one.pid) != os.getpid()}
 
     def _is_own(self, pid: int) -> bool:

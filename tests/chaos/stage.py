@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kept import python_with_ray
+from ray_cluster import RayCluster
 from running import Shell
 
 from chaos import sight, specs
 from chaos.sight import Who
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-NODES, GPUS = 4, 8
+NODES, GPUS, CPUS = 4, 8, 16
+RAY_NODES = 3
 PATIENCE = 60.0
 FOREVER = 3 * 3600
 LIKE = {"SLURMFORK_RUN_ID": "chaos-aaaaaa", "SLURMFORK_NODE": "local0", "SLURMFORK_WORKER": "first/0"}
@@ -99,8 +102,11 @@ class Innocents:
 class Stage:
     """A backend, the directory for everything, and the innocents of the whole batch."""
 
-    def __init__(self, directory: Path, backend: str, proctrack: str) -> None:
+    def __init__(self, directory: Path, backend: str, proctrack: str, *, engines: bool = False) -> None:
         self.directory, self.backend, self.proctrack = directory, backend, proctrack
+        self.engines = engines  # whether all runs host some
+        self.ray: RayCluster | None = None
+        self._ray_python = ""
         self.innocents = Innocents()
         self.size = NODES
         self.conf = ""
@@ -116,6 +122,11 @@ class Stage:
         try:
             if self.backend == "slurm":
                 self._bring_up()
+            elif self.backend == "ray":
+                self._ray_python = python_with_ray()
+                self.ray = RayCluster(self._ray_python, nodes=RAY_NODES, gpus=GPUS, cpus=CPUS)
+                self.size = RAY_NODES
+                self.watch_ray()
             self._people()
             yield self
         finally:
@@ -124,11 +135,38 @@ class Stage:
     def shell(self, directory: Path) -> Shell:
         """A user's shell with a root of its own."""
         directory.mkdir(parents=True, exist_ok=True)
+        if self.ray is not None:
+            return self.ray.shell(directory, self._ray_python)
         conf = {"SLURM_CONF": self.conf} if self.conf else {}
         return Shell(directory, {**conf, "PYTHONFAULTHANDLER": "1"})  # who is aborted says where it was
 
     def node(self, number: int) -> str:
-        return f"{self.prefix}{number}" if self.backend == "slurm" else f"local{number - 1}"
+        return f"{self.prefix}{number}" if self.backend == "slurm" else f"{self.backend}{number - 1}"
+
+    # --- Ray
+
+    def watch_ray(self) -> None:
+        """What there is of the cluster must come to no harm."""
+        assert self.ray is not None
+        known = {one.pid for one in self.innocents.those}
+        for pid in set(self.ray.raylets.values()) - known:
+            self.innocents.note("a raylet of the cluster", pid)
+
+    def spare_raylets(self) -> list[int]:
+        """Those that neither the cluster nor the second run needs."""
+        assert self.ray is not None
+        assert self._shell is not None
+        nodes = json.loads((self._shell.root / self._run_id / "ray.json").read_text())["nodes"]
+        head, *others = self.ray.raylets
+        used = {head, *(place["node_id"] for place in nodes.values())}
+        return [self.ray.raylets[node] for node in others if node not in used]
+
+    def replace_raylet(self, pid: int) -> None:
+        """One is to be killed: it is nobody's to look after, and the cluster gets another node."""
+        assert self.ray is not None
+        self.innocents.those = {one: words for one, words in self.innocents.those.items() if one.pid != pid}
+        self.ray.add_node()
+        self.watch_ray()
 
     # --- Slurm
 
@@ -232,6 +270,8 @@ class Stage:
         self.innocents.end()
         if self.backend == "slurm":
             self._minicluster("down")
+        if self.ray is not None:
+            self.ray.end()
 
 
 def pause(seconds: float) -> None:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from chaos.faults import BOTH, REGISTRY, TRACKERS
+from chaos.faults import BACKENDS, REGISTRY, TRACKERS
 from chaos.result import Batch, Result
 
 HEADINGS = (
@@ -21,7 +21,7 @@ HEADINGS = (
     "median",
     "worst",
 )
-PAIRS = "pairs: "
+PAIRS, ENGINES = "pairs: ", "engines: "
 MISSED = "came too late"
 
 INTRO = """# Faults
@@ -36,14 +36,18 @@ stopped, daemonize, scrub their environment, close every descriptor, start fifty
 random moment (while it starts, during a fork, when it is ready, during a cancel), and lets it come to its end; a run
 that the fault does not end is cancelled. Then it looks at the machine with eyes of its own: each process of a trial
 maps a file that slurmfork knows nothing of, and announces itself. Beside it live a second run of the same user and
-processes that look like a run's; one of them gone or stopped is an innocent hit. A trial also holds the run's status
-and journal to what was really there. Everything is real: processes, Slurm, file systems; all nodes are on one machine.
+processes that look like a run's; one of them gone or stopped is an innocent hit, and so is a part of Ray, where the run
+is on that. A trial also holds the run's status and journal to what was really there. Everything is real: processes,
+Slurm, Ray, file systems; all nodes are on one machine.
 
 - *before clean*: processes of the run that were left when all was over, and nobody had cleaned up after it.
 - *after clean*: those of them that `slurmfork clean RUN` left, too.
 - *median*, *worst*: seconds from the fault, or from the cancel that followed it, until none of the workers' processes
   was left; grace times of 0.2 to 1.5 s are in it.
-- *proctrack*: how Slurm knows a job's processes; `-` on the local backend.
+- *proctrack*: how Slurm knows a job's processes; `-` on the other backends.
+- *engines*: the run's first role, and mostly what is forked beside it, hosts [engines](engines.md); a controller calls
+  them all the while, and must have an answer or an error to every call when the run is over. Some leave daemons, some
+  never come to the end of their `close`.
 - *pairs*: the fault, and up to a second later another one.
 - *came too late*: whom the fault was for had ended before it struck.
 """
@@ -51,7 +55,7 @@ and journal to what was really there. Everything is real: processes, Slurm, file
 LIMITS = """## Where nothing can be promised without `clean`
 
 Guardian and agent of a node killed in the same instant leave nobody there who watches. With proctrack/cgroup Slurm
-itself then ends all that the job has. With proctrack/linuxproc and pgid, and on the local backend, it is the sweep at
+itself then ends all that the job has. With proctrack/linuxproc and pgid, and on the other backends, it is the sweep at
 the end of the run that finds what was left: by the journal, by the run's tag in a process's environment, and by what a
 process still holds of the run. The kernel gives no other mark to go by, so there is no guarantee for a process that
 was started in the last moment before both died, too late for the journal, and that has daemonized, has scrubbed its
@@ -92,14 +96,16 @@ def _name(one: Result) -> str:
     first, _, second = one.fault.partition(" + ")
     if second:
         return f"{PAIRS}{first}"
-    return MISSED if one.missed else first
+    if one.missed:
+        return MISSED
+    return f"{ENGINES}{first}" if one.engines else first
 
 
 def _order(key: tuple[str, str, str]) -> tuple[int, int, int]:
-    faults = [*REGISTRY, *(f"{PAIRS}{name}" for name in REGISTRY)]
+    faults = [prefix + name for prefix in ("", ENGINES, PAIRS) for name in REGISTRY]
     name, backend, proctrack = key
     at = faults.index(name) if name in faults else len(faults)
-    return at, BOTH.index(backend), ["-", *TRACKERS].index(proctrack)
+    return at, BACKENDS.index(backend), ["-", *TRACKERS].index(proctrack)
 
 
 def _row(name: str, backend: str, proctrack: str, found: Sequence[Result]) -> Row:
@@ -128,7 +134,7 @@ def verdicts(batches: Sequence[Batch]) -> tuple[list[str], bool]:
     """A line for each place, and at the end one for each backend; whether anything did not hold."""
     places = dict.fromkeys(batch.place for batch in batches)
     lines = [_verdict(place, [one for one in batches if one.place == place]) for place in places]
-    for backend in BOTH:
+    for backend in BACKENDS:
         those = [one for one in batches if one.backend == backend]
         if len({one.place for one in those}) > 1:
             lines.append(_verdict(backend, those))
@@ -154,7 +160,7 @@ def _verdict(place: str, batches: Sequence[Batch]) -> str:
 def page(batches: Sequence[Batch]) -> str:
     """All of docs/faults.md."""
     found = rows(batches)
-    names = {row.fault.removeprefix(PAIRS) for row in found}
+    names = {row.fault.removeprefix(PAIRS).removeprefix(ENGINES) for row in found}
     lines = [_line(HEADINGS), _line(["---"] * len(HEADINGS)), *(_line(row.cells()) for row in found)]
     about = [f"- `{one.name}`: {one.about}" for one in REGISTRY.values() if one.name in names]
     made = [f"- {_made(batch)}" for batch in batches]

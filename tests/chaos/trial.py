@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from chaos.stage import Broken, Stage, until
 from slurmfork.errors import SlurmforkError
 from slurmfork.run import Run, RunStatus
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Trial:
     """One trial; faults use it to find whom they are for, and to bring runs up where they do so themselves."""
@@ -33,13 +36,14 @@ class Trial:
         self.sight = Sight(self.place)
         self.shell = on.shell(directory / "home")
         self.root = self.shell.root
-        self.draft = specs.draw(self.dice, self.place)
+        self.draft = specs.draw(self.dice, self.place, engines=on.engines)
         self.run_id, self.job_id = "", ""
         self.taken_down: list[str] = []
         self.mounted: list[Path] = []
         self.background: list[subprocess.Popen[str]] = []
         self.turns: list[float] = []
-        self.result = Result(seed, " + ".join(one.name for one in faults))
+        self.result = Result(seed, " + ".join(one.name for one in faults), engines=self.draft.hosts)
+        self.caller: subprocess.Popen[str] | None = None
         self.began: float | None = None
         self.cancels: list[subprocess.Popen[str]] = []
         self._adopted: list[int] = []
@@ -68,7 +72,7 @@ class Trial:
                 for one in self.faults:
                     one.prepare(self)
                 if moment == "stopping":  # so that it takes a while
-                    self.draft.roles[specs.FIRST]["command"] = specs.command("stubborn", self.place, "{worker}")
+                    self.draft.stubborn()
                 self.result.what = f"{self.draft.nodes} nodes, {self.draft.kinds()}"
                 if moment != "own":
                     self.submit()
@@ -121,6 +125,9 @@ class Trial:
 
     def tidy(self) -> None:
         """Leave nothing of the trial on the machine, whatever happened."""
+        if self.caller is not None and self.caller.poll() is None:
+            self.caller.kill()
+            self.caller.communicate()
         for _ in range(20):
             if not (left := self.sight.workers() | self.sight.own()):
                 break
@@ -171,6 +178,24 @@ class Trial:
         if status.state != "ready":
             raise Broken(f"the run is {status.state} before anything was done to it: {status.reason}")
         self._add_decoys()
+        self.sight.hold(self.find("holder"))
+        if self.draft.hosts:
+            self._call_engines()
+
+    def _call_engines(self) -> None:
+        """Have a controller that calls them until the run is over, and must hear of that."""
+        self.caller = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("caller.py"))],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self.caller.stdin is not None
+        told = {"run_id": self.run_id, "root": str(self.root), "role": specs.FIRST}
+        self.caller.stdin.write(json.dumps(told) + "\n")
+        self.caller.stdin.flush()
 
     def fork_in_background(self) -> None:
         self.background.append(self.shell.start("fork", self.run_id, specs.FORKED, "--json"))

@@ -111,15 +111,14 @@ def stopped() -> None:
     pause_forever()
 
 
-def daemon() -> None:
+def begin_daemon() -> None:
     if daemonize():
         announce()
         pause_forever()
-    stay()
 
 
-def hidden() -> None:
-    """Its daemon holds no descriptor, is nowhere, is called like a kernel thread, and heeds no SIGTERM."""
+def begin_hidden() -> None:
+    """A daemon that holds no descriptor, is nowhere, is called like a kernel thread, and heeds no SIGTERM."""
     if daemonize():
         announce()
         deafen()
@@ -127,7 +126,6 @@ def hidden() -> None:
         os.closerange(0, 4096)
         retitle(b"[kworker/u8:3-events]")
         pause_forever()
-    stay()
 
 
 def retitle(title: bytes) -> None:
@@ -139,10 +137,24 @@ def retitle(title: bytes) -> None:
         memory.write(title[: end - begin].ljust(end - begin, b"\0"))
 
 
-def scrubbed() -> None:
-    """Its daemon is started as by ``env -i``: no environment, and so no tag."""
+def begin_scrubbed() -> None:
+    """A daemon that is started as by ``env -i``: no environment, and so no tag."""
     if daemonize():
         os.execve(sys.executable, [sys.executable, "-I", "-S", __file__, "rest", place, name], {})
+
+
+def daemon() -> None:
+    begin_daemon()
+    stay()
+
+
+def hidden() -> None:
+    begin_hidden()
+    stay()
+
+
+def scrubbed() -> None:
+    begin_scrubbed()
     stay()
 
 
