@@ -32,6 +32,7 @@ class Plan:
 
     backend: str
     proctrack: str
+    isolation: str
     choice: list[list[Fault]]
     seeds: range
     directory: Path
@@ -102,7 +103,7 @@ def _job(plan: Plan, number: int, turn: Any, far: Connection) -> None:
     directory = plan.directory / f"job-{number}"
     directory.mkdir()
     try:
-        with Stage(directory, plan.backend, plan.proctrack).up() as stage:
+        with Stage(directory, plan.backend, plan.proctrack, plan.isolation).up() as stage:
             while (seed := _next(turn)) in plan.seeds and time.monotonic() < plan.until:
                 far.send(plan.trial(stage, seed))
     except Broken as error:

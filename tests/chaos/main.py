@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1, metavar="S", help="of the first trial; each next has the next (default: 1)")
     add("--backend", choices=BOTH, default="local")
     add("--proctrack", choices=TRACKERS, default=TRACKERS[0], help="how Slurm knows a job's processes")
+    add("--isolation", choices=("none", "namespace"), default="none", help="of the runs (default: none)")
     add("--fault", nargs="+", action="extend", metavar="NAME", help="only these; --list names them")
     add("--pairs", action="store_true", help="two faults a trial, of those that --list marks")
     add("--jobs", type=int, default=1, metavar="N", help="trials side by side, each job with a cluster of its own")
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
 def show_list() -> None:
     for one in REGISTRY.values():
         marks = ["pairs"] * one.core + ["only by name"] * one.named + [one.backends[0]] * (len(one.backends) == 1)
+        marks += ["only with --isolation namespace"] * one.isolated
         if lacks := one.lacks():
             marks.append(f"not here: {lacks}")
         print(f"{one.name:<24} {one.about}" + (f"  ({', '.join(marks)})" if marks else ""))
@@ -58,6 +60,7 @@ def chosen(asked: argparse.Namespace) -> list[list[Fault]]:
     if unknown:
         raise Broken(f"no such fault: {', '.join(unknown)}; --list names them")
     apply = [one for one in REGISTRY.values() if asked.backend in one.backends]
+    apply = [one for one in apply if asked.isolation == "namespace" or not one.isolated]
     if asked.fault:
         apply = [one for one in apply if one.name in asked.fault]
         if lacking := [f"{one.name}: {one.lacks()}" for one in apply if one.lacks()]:
@@ -101,11 +104,12 @@ def perform(asked: argparse.Namespace) -> Batch:
     choice = chosen(asked)
     earlier = load(asked.results) if asked.results and asked.results.exists() else []
     proctrack = asked.proctrack if asked.backend == "slurm" else "-"
-    found = Batch(asked.backend, proctrack, circumstances(asked.backend, options(asked)))
+    found = Batch(asked.backend, proctrack, circumstances(asked.backend, options(asked)), isolation=asked.isolation)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     plan = Plan(
         backend=asked.backend,
         proctrack=asked.proctrack,
+        isolation=asked.isolation,
         choice=choice,
         seeds=range(asked.seed, asked.seed + asked.trials),
         directory=directory,
@@ -131,6 +135,7 @@ def perform(asked: argparse.Namespace) -> Batch:
 def options(asked: argparse.Namespace) -> str:
     """Those that say what the trials were, as they may be given again."""
     words = [f"--trials {asked.trials} --seed {asked.seed}"]
+    words += [f"--isolation {asked.isolation}"] * (asked.isolation != "none")
     words += [f"--fault {' '.join(asked.fault or ())}"] * bool(asked.fault) + ["--pairs"] * asked.pairs
     return " ".join([*words, f"--jobs {asked.jobs}"])
 

@@ -1,4 +1,4 @@
-"""The parts of a run: which processes are its agents, guardians, head, launcher, batch script."""
+"""The parts of a run: which processes are its agents, guardians, head, launcher, batch script, Slurm's step daemons."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from chaos import sight
 from chaos.sight import Who
 
 COMMS = {"guardian": b"slurmfork-guard\n", "agent": b"slurmfork-agent\n"}
+STEPD = b"slurmstepd\n"
 MARKS = {"head": b"head/__main__.py", "launcher": b"backends/local_nodes.py", "batch": b"/batch.sh\0"}
 
 
@@ -21,8 +22,12 @@ class Parts:
 
     def find(self, part: str) -> list[Who]:
         """All that are this part; of a shell that has forked for a moment, the first."""
+        if part == "stepd":
+            above = {sight.parent(one.pid) for one in self.find("guardian")}
+            return [one for pid in above if sight.read(pid, "comm") == STEPD and (one := sight.who(pid))]
         found = [one for pid in sight.pids() if self._is(pid, part) and (one := sight.who(pid))]
-        return [one for one in found if not self._is(sight.parent(one.pid), part)]
+        firsts = [one for one in found if not self._is(sight.parent(one.pid), part)]
+        return [one for one in firsts if sight.lives(one)]  # of who is gone the parent says nothing
 
     def _is(self, pid: int, part: str) -> bool:
         if part in COMMS:

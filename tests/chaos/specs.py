@@ -27,6 +27,7 @@ class Draft:
     roles: dict[str, dict[str, Any]] = field(default_factory=dict)
     slurm: dict[str, Any] = field(default_factory=dict)
     setup: str = ""
+    isolation: str = "none"
 
     def role(self, name: str, kind: str, **more: Any) -> None:
         self.roles[name] = {"command": command(kind, self.place, "{worker}"), **more}
@@ -36,6 +37,7 @@ class Draft:
         spec = {
             "name": self.name,
             "nodes": self.nodes,
+            "isolation": self.isolation,
             **({"setup": self.setup} if self.setup else {}),
             "local": {"gpus-per-node": 4},
             "slurm": {"gpus-per-node": 4, "time": "00:30:00", **self.slurm},
@@ -51,9 +53,9 @@ def command(kind: str, place: Path, name: str, *more: str) -> list[str]:
     return [sys.executable, "-I", "-S", str(WORKER), kind, str(place), name, *more]
 
 
-def draw(dice: random.Random, place: Path, *, name: str = "chaos") -> Draft:
+def draw(dice: random.Random, place: Path, *, name: str = "chaos", isolation: str = "none") -> Draft:
     """A spec of the dice's making."""
-    draft = Draft(name, place, nodes=dice.randint(1, 3))
+    draft = Draft(name, place, nodes=dice.randint(1, 3), isolation=isolation)
     draft.role(FIRST, dice.choice(CALM), **_count(dice), **_ways(dice, patient=True), gpus=1)
     for number in range(dice.randint(0, 2)):
         kind = dice.choice(AWKWARD)

@@ -99,8 +99,9 @@ class Innocents:
 class Stage:
     """A backend, the directory for everything, and the innocents of the whole batch."""
 
-    def __init__(self, directory: Path, backend: str, proctrack: str) -> None:
+    def __init__(self, directory: Path, backend: str, proctrack: str, isolation: str = "none") -> None:
         self.directory, self.backend, self.proctrack = directory, backend, proctrack
+        self.isolation = isolation
         self.innocents = Innocents()
         self.size = NODES
         self.conf = ""
@@ -197,7 +198,7 @@ class Stage:
         place = self.directory / f"second-{time.monotonic_ns()}"
         place.mkdir()
         (place / "mark").write_bytes(bytes(4096))
-        draft = specs.Draft("chaos", place, nodes=1)
+        draft = specs.Draft("chaos", place, nodes=1, isolation=self.isolation)
         if self.backend == "slurm":
             draft.slurm = {"nodelist": self.node(1), "time": "12:00:00"}
         for role, kind in (("first", "plain"), ("role0", "daemon"), ("role1", "stubborn")):
