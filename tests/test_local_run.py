@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
+import sys
 
 from processes import kill_at_once, wait_until
 from running import Shell, command_of
@@ -249,3 +252,29 @@ def test_a_run_whose_batch_script_was_killed_ends_by_itself(local: Shell) -> Non
     status = local.status(run_id)
     assert (status["state"], status["survivors"]) == ("cancelled", 0), status
     wait_until(lambda: local.left(run_id) == [], "all of it to be gone")
+
+
+LATE = """#!/bin/sh
+case "$*" in *head/__main__.py*)
+    touch "$0.begun"
+    while kill -0 {script} 2>/dev/null; do sleep 0.02; done
+esac
+exec {python} "$@"
+"""
+
+
+def test_a_run_whose_batch_script_was_killed_before_its_head_was_there_ends_by_itself(local: Shell) -> None:
+    late = local.directory / "late"
+    late.write_text(LATE.format(script="$PPID", python=shlex.quote(sys.executable)))
+    late.chmod(0o700)
+    spec = local.spec(json.dumps({**STEADY, "setup": f"slurmfork_python={shlex.quote(str(late))}"}))
+    run_id = local.submit(spec, "--backend", "local")
+    wait_until(late.with_suffix(".begun").exists, "the head to be started")
+    os.kill(int(local.status(run_id)["job_id"]), signal.SIGKILL)
+    end = local.root / run_id / "end.json"
+    wait_until(end.exists, "the head to end the run")
+    wait_until(lambda: local.left(run_id) == [], "all of it to be gone")
+    assert local.status(run_id)["state"] == "cancelled"
+
+
+STEADY = {"name": "steady", "roles": {"w": {"command": ["sleep", "1000"]}}}

@@ -51,8 +51,9 @@ HEARD = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 class Head:
     """One run's head. ``run()`` returns the exit status of the batch step."""
 
-    def __init__(self, rundir: RunDir, launcher: list[str], sweep: list[str]) -> None:
+    def __init__(self, rundir: RunDir, launcher: list[str], sweep: list[str], parent: int = 0) -> None:
         self._rundir = rundir
+        self._parent = parent
         self._argv = launcher
         self._sweeper = Sweeper(sweep, rundir)
         self._signalled = asyncio.Event()
@@ -135,6 +136,8 @@ class Head:
         loop.add_signal_handler(signal.SIGUSR1, self._warned)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
         prctl.signal_at_parents_death(signal.SIGTERM)  # the batch script's end is the run's, whoever killed it
+        if self._parent and os.getppid() != self._parent:
+            self._terminated()  # it was killed before we asked to be told
 
     def _terminated(self) -> None:
         self._signalled.set()
@@ -340,9 +343,17 @@ def _exit_status(record: EndRecord) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """``--run-dir DIR -- LAUNCHER... [--sweep PREFIX...]``; the exit status of the run."""
+    """``--run-dir DIR [--parent PID] -- LAUNCHER... [--sweep PREFIX...]``; the exit status of the run.
+
+    ``--parent``: who started the head, without whom there is no run.
+    """
+    parent = 0
+    if arguments[2:3] == ["--parent"] and arguments[3:4] and arguments[3].isdecimal():
+        parent = int(arguments[3])
+        arguments = arguments[:2] + arguments[4:]
     if len(arguments) < 4 or arguments[0] != "--run-dir" or arguments[2] != "--":
-        print("usage: head --run-dir DIR -- LAUNCHER [ARGUMENT...] [--sweep PREFIX...]", file=sys.stderr)
+        usage = "usage: head --run-dir DIR [--parent PID] -- LAUNCHER [ARGUMENT...] [--sweep PREFIX...]"
+        print(usage, file=sys.stderr)
         return 2
     end = arguments.index("--sweep") if "--sweep" in arguments else len(arguments)
     launcher, sweep = arguments[3:end], arguments[end + 1 :]
@@ -351,7 +362,7 @@ def main(arguments: list[str]) -> int:
 
     async def run() -> int:
         try:
-            return await Head(rundir, launcher, sweep).run()
+            return await Head(rundir, launcher, sweep, parent).run()
         finally:
             await _give_up_the_rest()
 

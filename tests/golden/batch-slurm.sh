@@ -151,7 +151,7 @@ trap 'slurmfork_told=yes; [ -z "$slurmfork_head" ] || kill -TERM "$slurmfork_hea
 trap '[ -z "$slurmfork_head" ] || kill -USR1 "$slurmfork_head" 2>/dev/null' USR1
 (
   trap '' USR1 # until the head listens, a warning must not end it
-  exec "$slurmfork_python" -I "$slurmfork_package/head/__main__.py" --run-dir "$SLURMFORK_RUN_DIR" \
+  exec "$slurmfork_python" -I "$slurmfork_package/head/__main__.py" --run-dir "$SLURMFORK_RUN_DIR" --parent "$$" \
     -- "${slurmfork_launcher[@]}" --sweep "${slurmfork_sweep[@]}"
 ) &
 slurmfork_head=$!
