@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import whokills
 from cluster import Factory
+from namespaced import may_make_namespaces
 from running import Shell
-from test_namespace import may_make_namespaces
 from whokills import EVENTS, ISOLATIONS, Event
 
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -209,12 +209,12 @@ NEIGHBOURS = [
 ]
 WORDS = {"g": "gone", "l": "**lives**"}
 
-INTRO = """A worker starts **P**, a plain `sleep`; **S**, one in a session of its own; **D**, one that forked twice, with
-a `setsid` after each; and **E**, as D, that has also shed its environment, its directory and every descriptor. Then
-something dies, and {patience:g} s later one looks who lives. Nobody runs `slurmfork clean`, and no cgroup tracker of
-Slurm's helps. *In the run*: while that goes on, nothing tells whose it was; it ends with the run. Made by
-`scripts/whokills`, of {tries} tries on {places}; **s** is the longest that it took, with 1 s of the worker's
-grace. The neighbours' rows were measured once, on a like machine, without E."""
+INTRO = """A worker starts **P**, a plain `sleep`; **S**, one in a session of its own; **D**, one that forked twice,
+with a `setsid` after each; and **E**, as D, that has also shed its environment, its directory and every descriptor.
+Then something dies, and {patience:g} s later one looks who lives. Nobody runs `slurmfork clean`, and no cgroup tracker
+of Slurm's helps. *In the run*: while that goes on, nothing tells whose it was; it ends with the run. Made by
+`scripts/whokills`, of {tries} tries on {places}; **s** is the longest that it took, with 1 s of the
+worker's grace. The neighbours' rows were measured once, on a like machine, without E."""
 
 
 def table(cells: list[Cell]) -> str:
