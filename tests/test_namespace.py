@@ -317,6 +317,21 @@ async def test_a_fork_bomb_is_put_out(rig: Rig) -> None:
     wait_until(lambda: in_namespace(space) == [], "all of it to be gone")
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="the limit does not hold for root")
+async def test_a_fork_bomb_ends_by_order(rig: Rig) -> None:
+    """What forks faster than it is killed is ended with the namespace before anybody is told how many survived."""
+    await isolated(rig)
+    await rig.start(order("w/0", python(BOMB, "400"), stop=Stop(grace=0.2)))
+    await rig.printed("w/0")
+    await rig.until(lambda: len(inside(rig)) > 200, "it to go off")
+    space = space_of(inside(rig)[1].pid)
+    report = await rig.end(budget=None)
+    assert report.survivors == []
+    assert [result.survivors for result in report.results] == [[]]
+    assert in_namespace(space) == []
+    assert rig.guardians["n0"].returncode == 0
+
+
 async def test_without_init_there_is_no_more_to_be_done_on_the_node(rig: Rig) -> None:
     await isolated(rig)
     await rig.start(order("w/0", ["sleep", "1000"]))
@@ -473,6 +488,7 @@ def _above(pid: int, name: str) -> int:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("who", ["nobody", "a root that may not mount"])
 def test_all_of_this_as(who: str) -> None:
     with common() as commons:
