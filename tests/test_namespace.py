@@ -220,7 +220,7 @@ async def test_it_stops_as_gracefully_as_without(rig: Rig, yard: Path) -> None:
     await announced(rig, yard, "graceful")
     report = await rig.end(budget=PATIENCE)
     assert (report.survivors, (yard / "graceful.bye").exists()) == ([], True)
-    assert rig.guardians["n0"].returncode == 0
+    assert rig.guardians["n0"].returncode == 0, rig.rundir.agent_log("n0").read_text()[-3000:]
 
 
 async def test_what_an_ended_run_left_is_found_from_in_there(rig: Rig, tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ async def test_a_fork_bomb_ends_by_order(rig: Rig) -> None:
     assert report.survivors == []
     assert [result.survivors for result in report.results] == [[]]
     assert in_namespace(space) == []
-    assert rig.guardians["n0"].returncode == 0
+    assert rig.guardians["n0"].returncode == 0, rig.rundir.agent_log("n0").read_text()[-3000:]
 
 
 async def test_without_init_there_is_no_more_to_be_done_on_the_node(rig: Rig) -> None:

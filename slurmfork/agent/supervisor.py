@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 ANSWERS_KEPT = 1024
 ORPHANS_GRACE_S = 1.0
 END_MARGIN_S = 1.0
-LEFT_TO_KERNEL_S = 2.0
+LEFT_TO_KERNEL_S = 1.0
 # Seconds between looks after a start, in which most daemons are made: who saw them come knows whose they are.
 EARLY_LOOKS_S = (0.3, 1.2, 2.5)
 
@@ -294,6 +294,8 @@ class Supervisor:
             survivors = [process.describe(one) for one in self._anything(self._loop.time())]
             for result in results:
                 result.survivors = []
+            for worker in workers:
+                worker.ended_after_all()
         for line in survivors:
             log.error("still alive: %s", line)
         return EndReport(survivors=survivors, results=list(results))
