@@ -300,7 +300,7 @@ while True:
     try:
         if os.fork() == 0: os.setsid()
     except OSError:
-        time.sleep(0.01)
+        time.sleep(0.1)
 """
 
 
@@ -321,7 +321,7 @@ async def test_a_fork_bomb_is_put_out(rig: Rig) -> None:
 async def test_a_fork_bomb_ends_by_order(rig: Rig) -> None:
     """What forks faster than it is killed is ended with the namespace before anybody is told how many survived."""
     await isolated(rig)
-    await rig.start(order("w/0", python(BOMB, "400"), stop=Stop(grace=0.2)))
+    await rig.start(order("w/0", python(BOMB, "300"), stop=Stop(grace=0.2)))
     await rig.printed("w/0")
     await rig.until(lambda: len(inside(rig)) > 200, "it to go off")
     space = space_of(inside(rig)[1].pid)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -348,6 +349,7 @@ def main(guardian_pid: int, namespace: Namespace | None = None, no_namespace: st
         log.error("%s", error)
         return 1
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a child that ends now is nobody's news: the loop is gone
         loop.close()
         logbook.end(writing)
         if namespace is not None:

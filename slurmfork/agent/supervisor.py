@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 ANSWERS_KEPT = 1024
 ORPHANS_GRACE_S = 1.0
 END_MARGIN_S = 1.0
-LEFT_TO_KERNEL_S = 1.0
+LEFT_TO_KERNEL_S = 0.5
 # Seconds between looks after a start, in which most daemons are made: who saw them come knows whose they are.
 EARLY_LOOKS_S = (0.3, 1.2, 2.5)
 
@@ -288,17 +288,22 @@ class Supervisor:
         log.info("ending: %d workers to stop", sum(worker.live for worker in workers))
         was_live = [worker for worker in workers if worker.live]
         results = await asyncio.gather(*(self._stop_in_time(worker) for worker in was_live))
-        survivors = [line for result in results for line in result.survivors]
-        survivors += [line for line in await self._sweep() if line not in survivors]
-        if survivors and self._site.end_inside is not None and await self._site.end_inside():
-            survivors = [process.describe(one) for one in self._anything(self._loop.time())]
+        if any(result.survivors for result in results) and await self._end_inside():
             for result in results:
                 result.survivors = []
             for worker in workers:
                 worker.ended_after_all()
+        survivors = [line for result in results for line in result.survivors]
+        survivors += [line for line in await self._sweep() if line not in survivors]
+        if survivors and await self._end_inside():
+            survivors = [process.describe(one) for one in self._anything(self._loop.time())]
         for line in survivors:
             log.error("still alive: %s", line)
         return EndReport(survivors=survivors, results=list(results))
+
+    async def _end_inside(self) -> bool:
+        """Have the kernel end all that was started here, where it can; whether it has."""
+        return self._site.end_inside is not None and await self._site.end_inside()
 
     @property
     def _bound(self) -> float:
