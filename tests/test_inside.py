@@ -15,20 +15,22 @@ import stat
 import struct
 import subprocess
 import sys
+import sysconfig
 from collections.abc import AsyncIterator
 from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
 from agent_rig import PATIENCE, Rig, opened, order, python
+from cluster import Factory
 from conftest import KEPT, kept_python
-from namespaced import again, as_nobody, common, isolated, may_make_namespaces
+from namespaced import ROOT, again, as_nobody, common, isolated, may_make_namespaces, space_of
 from running import Shell
 
 from slurmfork.messages import WorkerView
 from slurmfork.names import WorkerState
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
+EXAMPLES = ROOT / "docs" / "examples"
 GROUP = "46113"  # nobody else's
 GROUPED, FORBIDDEN = "SLURMFORK_TEST_GROUPED", "SLURMFORK_TEST_FORBIDDEN"
 PY_SPY = "py-spy==0.4.3"
@@ -260,6 +262,50 @@ async def test_memory_and_sockets_are_shared_with_processes_outside(rig: Rig, tm
         memory.unlink()
 
 
+# --- Slurm from within ------------------------------------------------------------------------------------
+
+ASKS = (
+    "srun --overlap -N1 -n1 sh -c 'id -u; readlink /proc/self/ns/pid' && readlink /proc/self/ns/pid && squeue -h -o %A"
+)
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_srun_from_within(minicluster: Factory, user: str) -> None:
+    """munge takes a worker for who it is, in a user namespace too. What srun starts is not in the PID namespace."""
+    cluster = minicluster(nodes=2, gpus=2, proctrack="linuxproc")
+    with common() as commons:
+        shell = Shell(commons, {"SLURM_CONF": cluster.env["SLURM_CONF"], "HOME": str(commons)})
+        if user == "nobody":
+            shell.python = str(python_of_anybody(commons))
+        text = json.dumps({"name": "asks", "isolation": "namespace", "roles": {"w": {"command": ["sh", "-c", ASKS]}}})
+        run_id = shell.submit(shell.spec(text), "--backend", "slurm")
+        done = shell.call("wait", run_id)
+        log = shell.root / run_id / "logs" / "w-0.log"
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}{log.read_text()}"
+        uid, there, here, job = log.read_text().split()
+        assert (int(uid), job) == (0 if user == "root" else 65534, shell.status(run_id)["job_id"])
+        assert there == space_of(os.getpid()) != here
+        shell.end()
+
+
+def python_of_anybody(directory: Path) -> Path:
+    """A command that is this Python's like, with all that it has, and runs as another user: root's own is out of reach."""
+    base = Path("/usr/bin") / f"python3.{sys.version_info.minor}"
+    if not base.exists():
+        pytest.skip(f"there is no {base}, which another user could run")
+    venv = directory / "venv"
+    subprocess.run([base, "-m", "venv", "--without-pip", venv], check=True, timeout=120)
+    [packages] = venv.glob("lib/python3.*/site-packages")
+    (packages / "here.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}\n")
+    command = directory / "python-of-anybody"
+    become = "exec setpriv --reuid nobody --regid nogroup --clear-groups"
+    command.write_text(f'#!/bin/sh\n{become} {venv}/bin/python "$@"\n')
+    command.chmod(0o755)
+    return command
+
+
 # --- as another user ---------------------------------------------------------------------------------------
 
 
@@ -277,4 +323,6 @@ def test_all_of_this_as_another(torch_python: str, py_spy: str) -> None:
             path.chmod(0o640)
             os.chown(path, 0, group)
             environment[name] = str(path)
-        again(as_nobody(commons, kept, group=GROUP), commons, __file__, "-k", "not as_another", **environment)
+        again(
+            as_nobody(commons, kept, group=GROUP), commons, __file__, "-k", "not as_another and not srun", **environment
+        )
