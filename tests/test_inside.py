@@ -264,9 +264,8 @@ async def test_memory_and_sockets_are_shared_with_processes_outside(rig: Rig, tm
 
 # --- Slurm from within ------------------------------------------------------------------------------------
 
-ASKS = (
-    "srun --overlap -N1 -n1 sh -c 'id -u; readlink /proc/self/ns/pid' && readlink /proc/self/ns/pid && squeue -h -o %A"
-)
+SPACE = "readlink /proc/self/ns/pid"
+ASKS = f"srun --overlap -N1 -n1 sh -c 'id -u; {SPACE}' && {SPACE} && squeue -h -o %A"
 
 
 @pytest.mark.slurm
@@ -291,7 +290,7 @@ def test_srun_from_within(minicluster: Factory, user: str) -> None:
 
 
 def python_of_anybody(directory: Path) -> Path:
-    """A command that is this Python's like, with all that it has, and runs as another user: root's own is out of reach."""
+    """A Python with all that this one has, which runs as another user; root's own is out of reach for him."""
     base = Path("/usr/bin") / f"python3.{sys.version_info.minor}"
     if not base.exists():
         pytest.skip(f"there is no {base}, which another user could run")
@@ -323,6 +322,5 @@ def test_all_of_this_as_another(torch_python: str, py_spy: str) -> None:
             path.chmod(0o640)
             os.chown(path, 0, group)
             environment[name] = str(path)
-        again(
-            as_nobody(commons, kept, group=GROUP), commons, __file__, "-k", "not as_another and not srun", **environment
-        )
+        under = as_nobody(commons, kept, group=GROUP)
+        again(under, commons, __file__, "-k", "not as_another and not srun", **environment)
