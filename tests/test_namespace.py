@@ -378,6 +378,15 @@ async def test_the_setting_is_named_where_there_can_be_none(rig: Rig, how: str) 
     await rig.end()
 
 
+@pytest.mark.parametrize("how", [None, *REFUSING])
+def test_doctor_says_whether_there_can_be_one(how: str | None) -> None:
+    under, why = REFUSING[how] if how else ([], "a PID namespace can be had here")
+    doctor = [*under, sys.executable, "-m", "slurmfork", "doctor", "--backend", "local", "--json"]
+    done = subprocess.run(doctor, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    [check] = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "isolation"]
+    assert why in check["detail"]
+
+
 def test_a_run_that_wants_one_fails_at_once_where_there_is_none(local: Shell) -> None:
     under, why = REFUSING["limit"]
     spec = local.spec("""

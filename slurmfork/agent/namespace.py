@@ -114,6 +114,19 @@ def create(*, grace: float, guardian: int) -> Namespace:
     return made
 
 
+def refusal() -> str:
+    """Why there is none to be had here, found by making one in a child; empty where there is."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        _in_child(lambda: str(create(grace=0.0, guardian=reader).end()))
+    except Unavailable as reason:
+        return str(reason)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return ""
+
+
 def _try_it(grace: float, guardian: int) -> None:
     """Make the whole of it in a child of its own, which leaves with it."""
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import click
 
 from slurmfork import backends, rundir
+from slurmfork.agent import namespace
 from slurmfork.backends.base import Check
 from slurmfork.cli import output
 from slurmfork.cli.options import verb
@@ -70,7 +71,7 @@ def doctor(backend: str | None, root: str | None, as_json: bool) -> int:
 
 
 def _machine() -> list[Check]:
-    return [_python(), _packages(), _containment(), _scratch(), _limits(), _ssh()]
+    return [_python(), _packages(), _containment(), _isolation(), _scratch(), _limits(), _ssh()]
 
 
 def _place(root: Path) -> list[Check]:
@@ -130,6 +131,15 @@ def _pidfd() -> None:
         signal.pidfd_send_signal(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _isolation() -> Check:
+    """Whether the kernel of this machine gives what `isolation: namespace` asks for; not every run asks."""
+    if why := namespace.refusal():
+        detail = f"no PID namespace here: {why}; with `isolation: auto` such a node does without"
+    else:
+        detail = "a PID namespace can be had here: `isolation: namespace`"
+    return Check(name="isolation", ok=True, detail=detail)
 
 
 def _succeeds(work: Callable[[], None]) -> bool:
