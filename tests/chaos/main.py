@@ -90,7 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"\n{table.shown(table.rows(batches))}\n")
     if asked.table:
-        asked.table.write_text(table.page(batches))
+        try:
+            asked.table.write_text(table.page(batches))
+        except ValueError as error:
+            print(f"chaos: {error}", file=sys.stderr)
+            return 2
     return conclude(batches)
 
 

@@ -60,6 +60,25 @@ may be more than 0; what counts there is *after clean*. Processes in this table 
 counted there, too, and none is left out.
 """
 
+ISOLATED = "namespace"
+ISOLATED_INTRO = (
+    INTRO.replace("# Faults\n", "# Faults, with `isolation: namespace`\n")
+    .replace("scripts/chaos --backend", "scripts/chaos --isolation namespace --backend")
+    .replace("docs/faults.md", "docs/faults-namespace.md")
+    .replace(
+        "Each trial makes",
+        "The runs have a PID namespace on each node ([isolation](isolation.md)); [faults](faults.md) has those that do\n"
+        "without. "
+        "Each trial makes",
+    )
+)
+ISOLATED_LIMITS = """## Nobody cleans up
+
+In no trial of this page is `slurmfork clean` due, those in which guardian and agent of a node die in the same instant
+included: all of *before clean* counts. A trial has also failed if a worker announced itself from outside of a
+namespace.
+"""
+
 
 @dataclass
 class Row:
@@ -152,17 +171,21 @@ def _verdict(place: str, batches: Sequence[Batch]) -> str:
 
 
 def page(batches: Sequence[Batch]) -> str:
-    """All of docs/faults.md."""
+    """All of docs/faults.md, or of its like for runs in namespaces; raises ValueError where both are among these."""
+    isolated = {batch.isolation == ISOLATED for batch in batches}
+    if len(isolated) > 1:
+        raise ValueError("batches with and without namespaces do not go on one page")
+    intro, limits = (ISOLATED_INTRO, ISOLATED_LIMITS) if isolated == {True} else (INTRO, LIMITS)
     found = rows(batches)
     names = {row.fault.removeprefix(PAIRS) for row in found}
     lines = [_line(HEADINGS), _line(["---"] * len(HEADINGS)), *(_line(row.cells()) for row in found)]
     about = [f"- `{one.name}`: {one.about}" for one in REGISTRY.values() if one.name in names]
     made = [f"- {_made(batch)}" for batch in batches]
     parts = [
-        INTRO,
+        intro,
         *lines,
         "",
-        LIMITS,
+        limits,
         "## What did not hold\n",
         *(_failures(batches) or ["Nothing: every trial passed every check."]),
         "\n## The faults\n",
