@@ -67,8 +67,8 @@ ISOLATED_INTRO = (
     .replace("docs/faults.md", "docs/faults-namespace.md")
     .replace(
         "Each trial makes",
-        "The runs have a PID namespace on each node ([isolation](isolation.md)); [faults](faults.md) has those that do\n"
-        "without. "
+        "The runs have a PID namespace on each node ([isolation](isolation.md)); [faults](faults.md) has those that\n"
+        "do without. "
         "Each trial makes",
     )
 )
