@@ -124,6 +124,21 @@ def test_batches_of_several_calls_make_one_page(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == words
 
 
+def test_a_failure_that_was_mended_is_told_apart(tmp_path: Path) -> None:
+    kept, page = tmp_path / "kept.json", tmp_path / "page.md"
+    failed = [Result(1, "agent-kill", left=["x"]), Result(2, "agent-kill", failures=["odd"])]
+    save(
+        kept,
+        [Batch("local", "-", HOW, failed), Batch("local", "-", {**HOW, "commit": "def"}, [Result(1, "agent-kill")])],
+    )
+    argv = [sys.executable, str(SCRIPT), "--table", str(page), "--from", str(kept)]
+    assert subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False).returncode == 1
+    did_not, _, mended = page.read_text().partition("## What held when it was mended")
+    assert "- local, seed 2, agent-kill: odd" in did_not
+    assert "- local, seed 1, agent-kill: 1 processes left (commit abc)" in mended
+    assert "| agent-kill | local | - | 2 | 0 | 0 | 0 | - | - |" in did_not
+
+
 def test_those_in_namespaces_have_a_page_of_their_own(tmp_path: Path) -> None:
     """There all that was left counts. Files of before there were namespaces are of runs without."""
     both, page = tmp_path / "both.json", tmp_path / "page.md"

@@ -88,10 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Broken, ValueError, OSError) as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
+    batches, at_first = table.again(batches)
     print(f"\n{table.shown(table.rows(batches))}\n")
     if asked.table:
         try:
-            asked.table.write_text(table.page(batches))
+            asked.table.write_text(table.page(batches, at_first))
         except ValueError as error:
             print(f"chaos: {error}", file=sys.stderr)
             return 2

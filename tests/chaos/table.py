@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chaos.faults import BOTH, REGISTRY, TRACKERS
 from chaos.result import Batch, Result
@@ -60,6 +60,8 @@ may be more than 0; what counts there is *after clean*. Processes in this table 
 counted there, too, and none is left out.
 """
 
+AT_FIRST = """The same trials with later code are among those above.
+"""
 ISOLATED = "namespace"
 ISOLATED_INTRO = (
     INTRO.replace("# Faults\n", "# Faults, with `isolation: namespace`\n")
@@ -170,8 +172,26 @@ def _verdict(place: str, batches: Sequence[Batch]) -> str:
 # --- the page
 
 
-def page(batches: Sequence[Batch]) -> str:
-    """All of docs/faults.md, or of its like for runs in namespaces; raises ValueError where both are among these."""
+def again(batches: Sequence[Batch]) -> tuple[list[Batch], list[str]]:
+    """The batches without those failures whose trial was made again in a later batch, and held; and these in words."""
+    kept, at_first = [], []
+    for number, batch in enumerate(batches):
+        held = {_trial(later, one) for later in batches[number + 1 :] for one in later.results if one.ok}
+        mended = [one for one in batch.results if not one.ok and _trial(batch, one) in held]
+        at_first += [f"{line} (commit {batch.how['commit']})" for line in _failures([replace(batch, results=mended)])]
+        kept.append(replace(batch, results=[one for one in batch.results if one not in mended]))
+    return kept, at_first
+
+
+def _trial(batch: Batch, one: Result) -> tuple[str, int, str]:
+    return batch.place, one.seed, one.fault
+
+
+def page(batches: Sequence[Batch], at_first: Sequence[str] = ()) -> str:
+    """All of docs/faults.md, or of its like for runs in namespaces; raises ValueError where both are among these.
+
+    ``at_first``: what ``again`` tells.
+    """
     isolated = {batch.isolation == ISOLATED for batch in batches}
     if len(isolated) > 1:
         raise ValueError("batches with and without namespaces do not go on one page")
@@ -188,6 +208,7 @@ def page(batches: Sequence[Batch]) -> str:
         limits,
         "## What did not hold\n",
         *(_failures(batches) or ["Nothing: every trial passed every check."]),
+        *(["\n## What held when it was mended\n", AT_FIRST, *at_first] if at_first else []),
         "\n## The faults\n",
         *about,
         "\n## How this was made\n",
