@@ -14,6 +14,7 @@ from typing import Any
 from slurmfork import process
 
 PATIENCE = 120.0
+ISOLATED = os.environ.get("SLURMFORK_TEST_ISOLATION")  # namespace: all runs of a shell's, in namespaces
 
 
 class Shell:
@@ -74,7 +75,8 @@ class Shell:
 
     def submit(self, spec: Path, *options: str) -> str:
         """Submit; returns the run id."""
-        run_id: str = self.json("submit", str(spec), *options)["run_id"]
+        isolated = ["--set", f"isolation={ISOLATED}"] if ISOLATED else []
+        run_id: str = self.json("submit", str(spec), *isolated, *options)["run_id"]
         self.runs.append(run_id)
         return run_id
 

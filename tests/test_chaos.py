@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from chaos.result import Batch, Result, load, save
 from chaos.sight import Sight
 from chaos.stage import Stage
 from chaos.trial import Trial
+from namespaced import may_make_namespaces
 from processes import wait_until
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "chaos"
@@ -119,6 +122,55 @@ def test_batches_of_several_calls_make_one_page(tmp_path: Path) -> None:
     assert "- 2 trials on local: nothing left, nobody hit" in text
     assert text.splitlines()[-1] == f"- {words}"
     assert done.stdout.splitlines()[-1] == words
+
+
+def test_a_failure_that_was_mended_is_told_apart(tmp_path: Path) -> None:
+    kept, page = tmp_path / "kept.json", tmp_path / "page.md"
+    failed = [Result(1, "agent-kill", left=["x"]), Result(2, "agent-kill", failures=["odd"])]
+    save(
+        kept,
+        [Batch("local", "-", HOW, failed), Batch("local", "-", {**HOW, "commit": "def"}, [Result(1, "agent-kill")])],
+    )
+    argv = [sys.executable, str(SCRIPT), "--table", str(page), "--from", str(kept)]
+    assert subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False).returncode == 1
+    did_not, _, mended = page.read_text().partition("## What held when it was mended")
+    assert "- local, seed 2, agent-kill: odd" in did_not
+    assert "- local, seed 1, agent-kill: 1 processes left (commit abc)" in mended
+    assert "| agent-kill | local | - | 2 | 0 | 0 | 0 | - | - |" in did_not
+
+
+def test_those_in_namespaces_have_a_page_of_their_own(tmp_path: Path) -> None:
+    """There all that was left counts. Files of before there were namespaces are of runs without."""
+    both, page = tmp_path / "both.json", tmp_path / "page.md"
+    isolated = Batch("local", "-", HOW, [Result(1, "guardian-and-agent-kill", left=["x"])], isolation="namespace")
+    save(both, [isolated])
+    argv = [sys.executable, str(SCRIPT), "--table", str(page), "--from", str(both)]
+    assert subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False).returncode == 1
+    assert page.read_text().startswith("# Faults, with `isolation: namespace`")
+    assert "- 1 trial on local, isolation namespace: 1 processes left" in page.read_text()
+    before = json.loads(both.read_text())
+    del before["batches"][0]["isolation"]
+    both.write_text(json.dumps({"batches": [*json.loads(both.read_text())["batches"], *before["batches"]]}))
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "do not go on one page" in done.stderr) == (2, True)
+
+
+@pytest.mark.skipif(not may_make_namespaces(), reason="no PID namespaces for this user on this machine")
+def test_the_checker_knows_who_announces_itself_in_a_namespace(place: Path) -> None:
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    within = ["unshare", *user, "--pid", "--fork", "--kill-child", "--mount-proc"]
+    parent = subprocess.Popen([*within, *specs.command("daemon", place, "w/0")], start_new_session=True)
+    eyes = Sight(place)
+    wait_until(lambda: len(eyes.announced()) == 2, "the daemon to announce itself")
+    lines = eyes.announced()
+    assert all(line.inside and sight.lives(line.who) for line in lines)
+    assert sight.parent(next(line.who.pid for line in lines if line.leader)) == parent.pid
+    sight.kill([line.who for line in lines])
+    wait_until(lambda: not any(sight.lives(line.who) for line in lines), "them to end")
+    parent.wait(stage.PATIENCE)
+    late = Sight(place).announced()  # when they are gone nobody can say who they were
+    assert [line.who for line in late if sight.lives(line.who)] == []
+    assert all(line.who.pid < 0 for line in late)
 
 
 def test_a_file_of_something_else_is_no_results(tmp_path: Path) -> None:

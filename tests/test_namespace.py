@@ -9,30 +9,38 @@ import asyncio
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import agent_rig
 import pytest
 from agent_rig import AWKWARD, PATIENCE, Rig, announced, opened, order, python
 from cluster import Factory
+from namespaced import (
+    ROOT,
+    again,
+    as_nobody,
+    common,
+    in_namespace,
+    inside,
+    isolated,
+    may_make_namespaces,
+    pids_of,
+    space_of,
+)
 from processes import Yard, kill_at_once, wait_until
 from running import Shell
 
 from slurmfork import journal, killing, names, process
 from slurmfork.names import ISOLATION, WorkerState
 from slurmfork.orders import Finding
-from slurmfork.process import Identity
 from slurmfork.rundir import RunDir, RunRecord
 from slurmfork.spec.model import Ready, Restart, Stop
 
 CLONE_NEWNS = 0x20000
-ROOT = Path(__file__).resolve().parent.parent
 # A daemon that shed all that could give it away: its parents, its session, its environment, every descriptor.
 SHED = """
 import os, sys
@@ -45,16 +53,6 @@ if os.fork() == 0:
 os.wait()
 os.execv(sys.executable, [sys.executable, "-I", "-S", sys.argv[1], "ignores-term", sys.argv[3], sys.argv[5]])
 """
-
-
-def may_make_namespaces() -> bool:
-    """Whether this machine lets this user; these tests have nothing to look at where it does not."""
-    ended = subprocess.run(
-        ["unshare", *([] if os.geteuid() == 0 else ["--user"]), "--pid", "--fork", "--mount-proc", "true"],
-        capture_output=True,
-        check=False,
-    )
-    return ended.returncode == 0
 
 
 pytestmark = pytest.mark.skipif(not may_make_namespaces(), reason="no PID namespaces for this user on this machine")
@@ -77,48 +75,6 @@ def yard(tmp_path: Path) -> Path:
     directory = tmp_path / "yard"
     directory.mkdir()
     return directory
-
-
-async def isolated(rig: Rig, **options: object) -> None:
-    """An agent whose workers are in a namespace."""
-    end = await rig.agent(**{ISOLATION: "namespace", **options})
-    assert (end.join.guarantee, end.join.no_namespace) == ("namespace", "")
-
-
-def inside(rig: Rig, node: str = "n0") -> dict[int, Identity]:
-    """All that runs below the agent in a namespace: by the PIDs in there, who it is out here. init is 1."""
-    agent = rig.agents[node].join.agent_pid
-    found = {}
-    for one in process.descendants(agent):
-        pids = _namespaced(one.pid)
-        if len(pids) > 1:
-            found[pids[-1]] = one
-    return found
-
-
-def _namespaced(pid: int) -> list[int]:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return []
-    return [int(word) for line in lines if line.startswith("NSpid:") for word in line.split()[1:]]
-
-
-def in_namespace(name: str) -> list[str]:
-    """All that is in a PID namespace, whoever's child it is; ``name`` as /proc/PID/ns/pid links to it."""
-    found = []
-    for pid in process.pids():
-        one = process.identify(pid)
-        if one is not None and process.alive(one) and _link(pid) == name:
-            found.append(process.describe(one))
-    return found
-
-
-def _link(pid: int) -> str:
-    try:
-        return os.readlink(f"/proc/{pid}/ns/pid")
-    except OSError:
-        return ""
 
 
 def brood(yard: Path, number: int) -> list[str]:
@@ -264,7 +220,7 @@ async def test_it_stops_as_gracefully_as_without(rig: Rig, yard: Path) -> None:
     await announced(rig, yard, "graceful")
     report = await rig.end(budget=PATIENCE)
     assert (report.survivors, (yard / "graceful.bye").exists()) == ([], True)
-    assert rig.guardians["n0"].returncode == 0
+    assert rig.guardians["n0"].returncode == 0, rig.rundir.agent_log("n0").read_text()[-3000:]
 
 
 async def test_what_an_ended_run_left_is_found_from_in_there(rig: Rig, tmp_path: Path) -> None:
@@ -297,7 +253,7 @@ async def test_nothing_is_left_whoever_is_killed(rig: Rig, yard: Path, whom: str
     await announced(rig, yard, *(f"{kind}-{number}" for number in range(4) for kind in ("worker", "daemon")))
     everyone = inside(rig)
     assert len(everyone) == 9
-    space = _link(everyone[1].pid)
+    space = space_of(everyone[1].pid)
     join = rig.agents["n0"].join
     victims = {"agent": [join.agent_pid], "guardian": [join.guardian_pid], "both": [join.guardian_pid, join.agent_pid]}
     kill_at_once(*victims[whom])
@@ -344,7 +300,7 @@ while True:
     try:
         if os.fork() == 0: os.setsid()
     except OSError:
-        time.sleep(0.01)
+        time.sleep(0.1)
 """
 
 
@@ -354,11 +310,26 @@ async def test_a_fork_bomb_is_put_out(rig: Rig) -> None:
     await rig.start(order("w/0", python(BOMB, "200")))
     await rig.printed("w/0")
     await rig.until(lambda: len(inside(rig)) > 100, "it to go off")
-    space = _link(inside(rig)[1].pid)
+    space = space_of(inside(rig)[1].pid)
     join = rig.agents["n0"].join
     kill_at_once(join.guardian_pid, join.agent_pid)
     await rig.gone()
     wait_until(lambda: in_namespace(space) == [], "all of it to be gone")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the limit does not hold for root")
+async def test_a_fork_bomb_ends_by_order(rig: Rig) -> None:
+    """What forks faster than it is killed is ended with the namespace before anybody is told how many survived."""
+    await isolated(rig)
+    await rig.start(order("w/0", python(BOMB, "300"), stop=Stop(grace=0.2)))
+    await rig.printed("w/0")
+    await rig.until(lambda: len(inside(rig)) > 200, "it to go off")
+    space = space_of(inside(rig)[1].pid)
+    report = await rig.end(budget=None)
+    assert report.survivors == []
+    assert [result.survivors for result in report.results] == [[]]
+    assert in_namespace(space) == []
+    assert rig.guardians["n0"].returncode == 0, rig.rundir.agent_log("n0").read_text()[-3000:]
 
 
 async def test_without_init_there_is_no_more_to_be_done_on_the_node(rig: Rig) -> None:
@@ -405,6 +376,15 @@ async def test_the_setting_is_named_where_there_can_be_none(rig: Rig, how: str) 
     assert why in end.join.no_namespace
     await rig.start(order("w/0", ["sleep", "1000"]))
     await rig.end()
+
+
+@pytest.mark.parametrize("how", [None, *REFUSING])
+def test_doctor_says_whether_there_can_be_one(how: str | None) -> None:
+    under, why = REFUSING[how] if how else ([], "a PID namespace can be had")
+    doctor = [*under, sys.executable, "-m", "slurmfork", "doctor", "--backend", "local", "--json"]
+    done = subprocess.run(doctor, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    [check] = [check for check in json.loads(done.stdout)["checks"] if check["name"] == "isolation"]
+    assert why in check["detail"]
 
 
 def test_a_run_that_wants_one_fails_at_once_where_there_is_none(local: Shell) -> None:
@@ -465,7 +445,7 @@ RUN = """
 
 
 def spaces(local: Shell, run_id: str) -> set[str]:
-    return {_link(view["pid"]) for view in local.ps(run_id)}
+    return {space_of(view["pid"]) for view in local.ps(run_id)}
 
 
 def test_forks_and_cancel_of_a_whole_run(local: Shell, yard: Path) -> None:
@@ -477,7 +457,7 @@ def test_forks_and_cancel_of_a_whole_run(local: Shell, yard: Path) -> None:
     assert [node["guarantee"] for node in local.status(run_id)["nodes"]] == ["namespace"] * 2
     both = spaces(local, run_id)
     assert len(both) == 2
-    assert all(_namespaced(view["pid"])[0] == view["pid"] for view in local.ps(run_id))
+    assert all(pids_of(view["pid"])[0] == view["pid"] for view in local.ps(run_id))
     assert local.json("stop", run_id, "child")["survivors"] == 0
     assert spaces(local, run_id) - {""} == both
     assert local.json("cancel", run_id)["survivors"] == 0
@@ -516,42 +496,10 @@ def _above(pid: int, name: str) -> int:
 # --- as others ---------------------------------------------------------------------------------------------
 
 
-def as_nobody(directory: Path) -> list[str]:
-    """A command that runs the next one as another user, for whom root's own Python is not out of reach."""
-    home = Path.home()
-    bound = Path(sys.base_prefix)
-    lines = "set -e\n"
-    if bound.is_relative_to(home):
-        lines += (
-            f"mkdir {directory}/python; mount --bind {bound} {directory}/python\n"
-            f"mount -t tmpfs -o mode=755 none {home}\n"
-            f"mkdir -p {bound}; mount --bind {directory}/python {bound}\n"
-        )
-    lines += 'exec setpriv --reuid nobody --regid nogroup --clear-groups "$@"'
-    return ["unshare", "--mount", "sh", "-c", lines, "sh"]
-
-
-@pytest.fixture
-def commons() -> Iterator[Path]:
-    """A directory where anybody may make files, in which anybody may get to."""
-    path = Path(tempfile.mkdtemp(prefix="slurmfork-commons-"))
-    path.chmod(0o1777)
-    yield path
-    shutil.rmtree(path)
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("who", ["nobody", "a root that may not mount"])
-def test_all_of_this_as(who: str, commons: Path) -> None:
-    under = as_nobody(commons) if who == "nobody" else ["setpriv", "--bounding-set", "-sys_admin"]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "--basetemp", str(commons / "tests")]
-    done = subprocess.run(
-        [*under, sys.executable, "-m", "pytest", *options, __file__, "-k", "not all_of_this_as and not slurm"],
-        env={**os.environ, "HOME": str(commons), "TMPDIR": str(commons), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+def test_all_of_this_as(who: str) -> None:
+    with common() as commons:
+        under = as_nobody(commons) if who == "nobody" else ["setpriv", "--bounding-set", "-sys_admin"]
+        again(under, commons, __file__, "-k", "not all_of_this_as and not slurm")

@@ -47,6 +47,9 @@ class Guest:
     def name(self) -> str:
         return self.order.worker
 
+    def ended_after_all(self) -> None:
+        """It has no processes that would not die."""
+
     @property
     def live(self) -> bool:
         """Whether it has an engine, or will have."""

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,7 @@ from slurmfork.agent.ports import Ports
 from slurmfork.agent.preflight import preflight
 from slurmfork.agent.server import Server
 from slurmfork.agent.starter import Starter
+from slurmfork.agent.stopping import KILL_BOUND_S, Watch
 from slurmfork.agent.supervisor import Supervisor
 from slurmfork.agent.tree import Trees
 from slurmfork.agent.uplink import Uplink
@@ -50,7 +52,7 @@ from slurmfork.orders import (
     StopOrder,
     Welcome,
 )
-from slurmfork.process import boot_id
+from slurmfork.process import alive, boot_id
 from slurmfork.scratch import Scratch, remove
 from slurmfork.shm import SharedMemory
 from slurmfork.version import __version__
@@ -86,6 +88,7 @@ class Agent:
             memory=SharedMemory(node.run_id),
             tell=self._changed,
             reap=lambda: self._supervisor.reap(),
+            end_inside=self._end_inside if namespace else None,
         )
         self._supervisor = Supervisor(self._site)
         self._uplink = Uplink(
@@ -121,7 +124,7 @@ class Agent:
         alarms.listen(self._guardian_pid, self._told, pass_on=self._supervisor.pass_on, reap=self._supervisor.reap)
         alarms.watch_guardian(self._guardian_pid, self._told)
         if self._namespace is not None:
-            alarms.watch_init(self._namespace.init.pid, self._told)
+            alarms.watch_init(self._namespace.init.pid, self._init_is_gone)
         note = f"agent {__version__} of node {self._node.name} begins, pid {os.getpid()}"
         self._site.starter.note(Note(text=note))
         self._server.open()
@@ -243,6 +246,22 @@ class Agent:
         self._uplink.tell("going", Going(reason=reason, lost=lost))
         self._begin(self._await_order(status))
 
+    def _init_is_gone(self, reason: str, status: int, lost: bool) -> None:
+        if self._namespace is not None and not self._namespace.killed:
+            self._told(reason, status, lost)
+
+    async def _end_inside(self) -> bool:
+        """Have the kernel end all that is in the namespace; whether it has."""
+        assert self._namespace is not None
+        self._namespace.kill()
+        watch, deadline = Watch(), self._loop.time() + KILL_BOUND_S
+        try:
+            if watch.add(self._namespace.init):
+                await watch.quiet(lambda: deadline)
+        finally:
+            watch.close()
+        return not alive(self._namespace.init)
+
     async def _await_order(self, status: int) -> None:
         if self._uplink.up:
             with contextlib.suppress(asyncio.TimeoutError):
@@ -330,6 +349,7 @@ def main(guardian_pid: int, namespace: Namespace | None = None, no_namespace: st
         log.error("%s", error)
         return 1
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a child that ends now is nobody's news: the loop is gone
         loop.close()
         logbook.end(writing)
         if namespace is not None:

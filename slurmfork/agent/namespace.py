@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from slurmfork import prctl
 from slurmfork.agent.outside import Outside
-from slurmfork.process import Identity, identify
+from slurmfork.process import Identity, identify, send
 
 NAME = "slurmfork-init"
 _NEWNS, _NEWUSER, _NEWPID, _FS = 0x20000, 0x10000000, 0x20000000, 0x200
@@ -39,7 +39,7 @@ class Unavailable(Exception):
 class Namespace:
     """A namespace with an init in it, a child of this process.
 
-    ``outside`` is there where this process is in a user namespace of its own now.
+    ``outside`` is there where this process is in a user namespace of its own now. ``killed``: by this process.
     """
 
     def __init__(self, init: int, lifeline: int) -> None:
@@ -47,6 +47,7 @@ class Namespace:
         assert found is not None  # nobody has reaped it yet
         self.init: Identity = found
         self.outside: Outside | None = None
+        self.killed = False
         self._lifeline = lifeline
         self._confined = not _mapped_whole()
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # the outside's; nobody inherits it
@@ -71,13 +72,17 @@ class Namespace:
         """PIDs of the children of this process that are part of the machinery."""
         return frozenset({self.init.pid} | ({self.outside.pid} if self.outside else set()))
 
+    def kill(self) -> None:
+        """Have the kernel end all that is inside. It is over when init is gone, once the workers have been reaped."""
+        self.killed = True
+        send(self.init, signal.SIGKILL)
+
     def end(self, patience: float = 2.0) -> bool:
         """End init, and with it all that is inside; whether it was over in time. Reaps every child."""
         if self.outside is not None:
             self.outside.close()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        with suppress(ProcessLookupError):
-            os.kill(self.init.pid, signal.SIGKILL)  # a child that was not reaped: this PID is its own
+        self.kill()
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             try:
@@ -107,6 +112,19 @@ def create(*, grace: float, guardian: int) -> Namespace:
     made = _build(grace, guardian)
     made.outside = outside
     return made
+
+
+def refusal() -> str:
+    """Why there is none to be had here, found by making one in a child; empty where there is."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        _in_child(lambda: str(create(grace=0.0, guardian=reader).end()))
+    except Unavailable as reason:
+        return str(reason)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return ""
 
 
 def _try_it(grace: float, guardian: int) -> None:

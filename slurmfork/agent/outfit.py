@@ -6,7 +6,7 @@ Laid out before a start, so that what the node cannot give is known before anyth
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,8 @@ class Site:
     """What all workers of a node share.
 
     ``tell`` sends a view to the head, ``reap`` has those hear of it whose processes have ended, ``address`` is
-    the node's own. ``closing``: nothing is started any more.
+    the node's own. ``end_inside`` has the kernel end all that was started, where there is a namespace. ``closing``:
+    nothing is started any more.
     """
 
     node: Node
@@ -45,6 +46,7 @@ class Site:
     memory: SharedMemory
     tell: Callable[[WorkerView], None]
     reap: Callable[[], None]
+    end_inside: Callable[[], Awaitable[bool]] | None = None
     address: str = ""
     closing: bool = False
 

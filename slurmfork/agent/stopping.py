@@ -179,7 +179,7 @@ class Stopping:
         some, rounds = True, 0
         while some and self._loop.time() < limit:
             if rounds:
-                self._freeze()
+                self._freeze(limit)
             for one in self._left:
                 send(one, signal.SIGKILL)
             end = min(limit, self._loop.time() + _ROUND_S)
@@ -189,12 +189,12 @@ class Stopping:
             rounds += 1
         return Outcome(killed=True, survivors=[describe(one) for one in self._left])
 
-    def _freeze(self) -> None:
+    def _freeze(self, limit: float) -> None:
         """Who forks faster than it is killed is stopped first: what is stopped has no more children."""
         seen: set[Identity] = set()
         for _ in range(_FREEZE_ROUNDS):
             new = [one for one in self._left if one not in seen and send(one, signal.SIGSTOP)]
-            if not new and seen:
+            if (not new and seen) or self._loop.time() >= limit:
                 break
             seen.update(new)
             self._look(self._loop.time())

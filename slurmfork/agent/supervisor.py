@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 ANSWERS_KEPT = 1024
 ORPHANS_GRACE_S = 1.0
 END_MARGIN_S = 1.0
+LEFT_TO_KERNEL_S = 0.5
 # Seconds between looks after a start, in which most daemons are made: who saw them come knows whose they are.
 EARLY_LOOKS_S = (0.3, 1.2, 2.5)
 
@@ -287,11 +288,27 @@ class Supervisor:
         log.info("ending: %d workers to stop", sum(worker.live for worker in workers))
         was_live = [worker for worker in workers if worker.live]
         results = await asyncio.gather(*(self._stop_in_time(worker) for worker in was_live))
+        if any(result.survivors for result in results) and await self._end_inside():
+            for result in results:
+                result.survivors = []
+            for worker in workers:
+                worker.ended_after_all()
         survivors = [line for result in results for line in result.survivors]
         survivors += [line for line in await self._sweep() if line not in survivors]
+        if survivors and await self._end_inside():
+            survivors = [process.describe(one) for one in self._anything(self._loop.time())]
         for line in survivors:
             log.error("still alive: %s", line)
         return EndReport(survivors=survivors, results=list(results))
+
+    async def _end_inside(self) -> bool:
+        """Have the kernel end all that was started here, where it can; whether it has."""
+        return self._site.end_inside is not None and await self._site.end_inside()
+
+    @property
+    def _bound(self) -> float:
+        """Seconds in which SIGKILL is to end what runs; where there is a namespace, the kernel ends the rest of it."""
+        return KILL_BOUND_S if self._site.end_inside is None else LEFT_TO_KERNEL_S
 
     def _rest(self) -> float:
         return self._budget_ends - self._loop.time()
@@ -299,16 +316,16 @@ class Supervisor:
     async def _stop_in_time(self, worker: Worker | Guest) -> StopResult:
         rest = self._rest()
         if rest == float("inf"):
-            return await worker.stop(worker.order.stop.grace)  # a stop with a longer one may be under way
+            return await worker.stop(worker.order.stop.grace, self._bound)  # a stop with a longer one may be under way
         margin = min(END_MARGIN_S, rest / 3)
         grace = max(0.0, min(worker.order.stop.grace, rest - margin))
-        return await worker.stop(grace, min(KILL_BOUND_S, max(0.5, margin)))
+        return await worker.stop(grace, min(self._bound, max(0.5, margin)))
 
     async def _sweep(self) -> list[str]:
         """End what is nobody's: orphans without a tag below us, and what carries our tag elsewhere."""
         grace = max(0.0, min(ORPHANS_GRACE_S, self._rest() / 3))
         rest = Stopping(self._anything, leader=None, signum=signal.SIGTERM, grace=grace)
-        rest.hasten(grace, max(0.5, min(KILL_BOUND_S, self._rest())))
+        rest.hasten(grace, max(0.5, min(self._bound, self._rest())))
         outcome = await rest.run()
         return outcome.survivors
 

@@ -288,6 +288,13 @@ class Worker:
             self.discard()
         self._winding_up = None
 
+    def ended_after_all(self) -> None:
+        """What would not die is gone: the kernel has ended it, with all else that was started here."""
+        if self._outcome.survivors:
+            self._outcome.survivors.clear()
+            self._standing.become(self.view.state, "stopped (killed with the node's namespace)")
+            self.discard()
+
     def discard(self) -> None:
         """Give back what ``prepare`` took."""
         self._site.ports.release(self.name)

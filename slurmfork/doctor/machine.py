@@ -7,13 +7,13 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from slurmfork import account
+from slurmfork.agent import namespace
 from slurmfork.backends.base import Check
 from slurmfork.errors import RunDirError
 from slurmfork.userdir import user_directory
@@ -35,16 +35,6 @@ PACKAGES = {  # as in setup.cfg; a test compares them
 LEAST_FILES = 1024
 LEAST_PROCESSES = 4096
 _PR_GET_CHILD_SUBREAPER = 37
-_NAMESPACE_S = 30.0
-# In a process of its own: what becomes of it by the trial, it stays.
-_NAMESPACE = """
-import os, sys
-from slurmfork.agent.namespace import Unavailable, create
-try:
-    sys.exit(0 if create(grace=0, guardian=os.pipe()[0]).end() else "it does not end")
-except (Unavailable, OSError) as refusal:
-    sys.exit(str(refusal))
-"""
 
 
 def checks() -> list[Check]:
@@ -138,13 +128,8 @@ def _ssh() -> Check:
 
 def _isolation() -> Check:
     """Whether this machine gives a PID namespace; the nodes may be set up otherwise, and each agent finds out."""
-    argv = [sys.executable, "-c", _NAMESPACE]
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=_NAMESPACE_S, check=False)
-        why = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"status {done.returncode}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Check(name="isolation", ok=True, detail=f"could not be tried: {error}")
-    if done.returncode == 0:
+    why = namespace.refusal()
+    if not why:
         return Check(
             name="isolation",
             ok=True,

@@ -32,6 +32,7 @@ class Plan:
 
     backend: str
     proctrack: str
+    isolation: str
     choice: list[list[Fault]]
     seeds: range
     directory: Path
@@ -103,7 +104,8 @@ def _job(plan: Plan, number: int, turn: Any, far: Connection) -> None:
     directory = plan.directory / f"job-{number}"
     directory.mkdir()
     try:
-        with Stage(directory, plan.backend, plan.proctrack, engines=plan.engines).up() as stage:
+        shape = {"engines": plan.engines, "isolation": plan.isolation}
+        with Stage(directory, plan.backend, plan.proctrack, **shape).up() as stage:
             while (seed := _next(turn)) in plan.seeds and time.monotonic() < plan.until:
                 far.send(plan.trial(stage, seed))
     except Broken as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chaos import sight
-from chaos.sight import Who
+from chaos.sight import Line, Who
 from slurmfork.errors import SlurmforkError
 from slurmfork.names import ENDED_STATES
 from slurmfork.run import Run
@@ -26,7 +26,14 @@ def all_of(trial: Trial) -> list[str]:
     """Everything that does not hold, in words."""
     if not trial.run_id:
         return []
-    return [*_status(trial), *_journal(trial), *_scratch(trial)]
+    return [*_status(trial), *_journal(trial), *_scratch(trial), *_isolation(trial)]
+
+
+def _isolation(trial: Trial) -> list[str]:
+    """Whether everybody was where the spec wants them."""
+    wanted = trial.stage.isolation == "namespace"
+    wrong = {line.name for line in trial.sight.announced() if line.inside != wanted}
+    return [f"{', '.join(sorted(wrong))} ran {'out' if wanted else 'in'}side of a namespace"] if wrong else []
 
 
 def _status(trial: Trial) -> list[str]:
@@ -55,7 +62,9 @@ def _journal(trial: Trial) -> list[str]:
         return []
     records = [record for line in trial.journal_lines() if (record := _decoded(line))]
     started = {Who(one["pid"], one["start_time"]): one for one in records if one["op"] == "started"}
-    leaders = {line.who: line.name for line in trial.sight.announced() if line.leader}
+    by_start = {(one.start, record["worker"]): one for one, record in started.items()}
+    lines = [line for line in trial.sight.announced() if line.leader]
+    leaders = {_outer(line, by_start): line.name for line in lines}
     intents = {one["start_id"]: one for one in records if one["op"] == "intent"}
     starts = {one["start_id"] for one in started.values()}
     ended = {(one["start_id"], one["pid"]): one["time"] for one in records if one["op"] == "ended"}
@@ -77,6 +86,11 @@ def _journal(trial: Trial) -> list[str]:
         hanging = [one for key, one in intents.items() if key not in starts and not _near(trial, one["time"])]
         found += [f"an intent of {one['worker']} has no start" for one in hanging]
     return found
+
+
+def _outer(line: Line, started: dict[tuple[int, str], Who]) -> Who:
+    """Who announced this; where it had ended before its PID could be translated, by start time and name."""
+    return line.who if line.who.pid > 0 else started.get((line.who.start, line.name), line.who)
 
 
 def _intended(name: str, intents: dict[str, Any], starts: set[str]) -> bool:

@@ -137,7 +137,7 @@ def _told_too_early(trial: Trial) -> None:
 def count(trial: Trial, watch: Watch) -> None:
     """What is left when all is over, and what of that a clean leaves."""
     result = trial.result
-    result.due = any(one.cleans for one in trial.faults)
+    result.due = trial.stage.isolation == "none" and any(one.cleans for one in trial.faults)
     if left := trial.sight.none_left(SETTLE):
         result.left = [sight.describe(one) for one in left]
         said = trial.shell.call("clean", trial.run_id) if trial.run_id else None

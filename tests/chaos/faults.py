@@ -39,7 +39,8 @@ class Fault:
     ``excuses`` are checks that cannot hold: ``unverified`` (a node could not be asked), ``silent`` (nobody was left to
     say how many survived), ``intent`` (one without a start), ``journal``, ``scratch`` (node-local directories).
     ``core``: pairs are made of these. ``named``: only when asked for by name. ``lacks``: why this machine does not
-    let one do it; empty where it does.
+    let one do it; empty where it does. ``isolated``: it is withstood in a PID namespace alone, where also no ``cleans``
+    is needed.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Fault:
     excuses: frozenset[str] = frozenset()
     core: bool = False
     named: bool = False
+    isolated: bool = False
     lacks: Callable[[], str] = lacks_nothing
 
 
@@ -102,12 +104,12 @@ def guardian_and_agent_kill(trial: Trial) -> None:
     kill_at_once(trial, trial.one("agent").pid)
 
 
-def kill_at_once(trial: Trial, agent: int) -> None:
-    """SIGKILL of an agent and its guardian; neither hears of the other's death."""
-    both = [one for pid in (sight.parent(agent), agent) if pid > 1 and (one := sight.who(pid))]
-    for one in both:
+def kill_at_once(trial: Trial, agent: int, *others: int) -> None:
+    """SIGKILL of an agent, its guardian, and others; none hears of another's death."""
+    all_of_them = [one for pid in (*others, sight.parent(agent), agent) if pid > 1 and (one := sight.who(pid))]
+    for one in all_of_them:
         sight.signal_one(one, signal.SIGSTOP)
-    trial.kill(*both)
+    trial.kill(*all_of_them)
 
 
 @fault("launcher-kill", "SIGKILL of the launcher (srun)", core=True, excuses="intent unverified")

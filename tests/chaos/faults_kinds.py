@@ -60,6 +60,43 @@ for _kind, _count, _about in KINDS:
     )
 
 
+def _with_bomb(trial: Trial) -> None:
+    _with("bomb", on_failure="ignore")(trial)
+
+
+def _gone_off(trial: Trial) -> None:
+    stage.until(lambda: len(trial.sight.workers()) >= worker.BOMB // 2, "the fork bomb to go off")
+    trial.wait_a_moment(0.5)
+
+
+@fault(
+    "worker-bomb",
+    f"a fork bomb of {worker.BOMB} processes",
+    prepare=_with_bomb,
+    moments=("ready",),
+    ends=False,
+    isolated=True,
+)
+def bomb(trial: Trial) -> None:
+    _gone_off(trial)
+    trial.struck()
+
+
+@fault(
+    "bomb-and-keepers-gone",
+    "guardian and agent killed at once while a fork bomb goes off",
+    prepare=_with_bomb,
+    moments=("ready",),
+    isolated=True,
+    excuses="unverified intent",
+)
+def bomb_and_keepers_gone(trial: Trial) -> None:
+    leader = next(line.who for line in trial.sight.leaders() if line.name.startswith("bomb/"))
+    agent = sight.parent(leader.pid)
+    _gone_off(trial)
+    kill_at_once(trial, agent)
+
+
 @fault(
     "worker-escaped",
     "a process that moved itself out of the job's control groups",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from chaos import sight, stage
-from chaos.faults import LATER, fault
+from chaos.faults import LATER, fault, kill_at_once
 
 if TYPE_CHECKING:
     from chaos.trial import Trial
@@ -51,6 +51,34 @@ def requeue(trial: Trial) -> None:
     first = {line.who for line in trial.sight.announced()}
     stage.until(lambda: not any(sight.lives(one) for one in first), "the first attempt's workers to end")
     trial.wait_a_moment(3.0)
+
+
+@fault(
+    "stepd-kill",
+    "SIGKILL of slurmstepd, the daemon of a node's step",
+    backends=SLURM,
+    moments=LATER,
+    core=True,
+    cleans=True,
+    excuses="intent unverified silent",
+)
+def stepd_kill(trial: Trial) -> None:
+    trial.kill(trial.one("stepd"))
+
+
+@fault(
+    "stepd-and-keepers-kill",
+    "SIGKILL of slurmstepd, guardian and agent of a node at once",
+    backends=SLURM,
+    moments=LATER,
+    cleans=True,
+    excuses="intent unverified silent",
+)
+def stepd_and_keepers_kill(trial: Trial) -> None:
+    """Nobody is left who knows of the node's part of the run."""
+    agent = trial.one("agent").pid
+    guardian = sight.parent(agent)
+    kill_at_once(trial, agent, sight.parent(guardian))
 
 
 def _short(trial: Trial) -> None:

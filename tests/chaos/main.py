@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1, metavar="S", help="of the first trial; each next has the next (default: 1)")
     add("--backend", choices=BACKENDS, default="local")
     add("--proctrack", choices=TRACKERS, default=TRACKERS[0], help="how Slurm knows a job's processes")
+    add("--isolation", choices=("none", "namespace"), default="none", help="of the runs (default: none)")
     add("--fault", nargs="+", action="extend", metavar="NAME", help="only these; --list names them")
     add("--pairs", action="store_true", help="two faults a trial, of those that --list marks")
     add("--engines", action="store_true", help="runs that host engines alone; else some of them do")
@@ -50,6 +51,7 @@ def show_list() -> None:
         marks = (
             ["pairs"] * one.core + ["only by name"] * one.named + [", ".join(one.backends)] * (one.backends != BACKENDS)
         )
+        marks += ["only with --isolation namespace"] * one.isolated
         if lacks := one.lacks():
             marks.append(f"not here: {lacks}")
         print(f"{one.name:<24} {one.about}" + (f"  ({', '.join(marks)})" if marks else ""))
@@ -61,6 +63,7 @@ def chosen(asked: argparse.Namespace) -> list[list[Fault]]:
     if unknown:
         raise Broken(f"no such fault: {', '.join(unknown)}; --list names them")
     apply = [one for one in REGISTRY.values() if asked.backend in one.backends]
+    apply = [one for one in apply if asked.isolation == "namespace" or not one.isolated]
     if asked.fault:
         apply = [one for one in apply if one.name in asked.fault]
         if lacking := [f"{one.name}: {one.lacks()}" for one in apply if one.lacks()]:
@@ -88,9 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Broken, ValueError, OSError) as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
+    batches, at_first = table.again(batches)
     print(f"\n{table.shown(table.rows(batches))}\n")
     if asked.table:
-        asked.table.write_text(table.page(batches))
+        try:
+            asked.table.write_text(table.page(batches, at_first))
+        except ValueError as error:
+            print(f"chaos: {error}", file=sys.stderr)
+            return 2
     return conclude(batches)
 
 
@@ -104,11 +112,12 @@ def perform(asked: argparse.Namespace) -> Batch:
     choice = chosen(asked)
     earlier = load(asked.results) if asked.results and asked.results.exists() else []
     proctrack = asked.proctrack if asked.backend == "slurm" else "-"
-    found = Batch(asked.backend, proctrack, circumstances(asked.backend, options(asked)))
+    found = Batch(asked.backend, proctrack, circumstances(asked.backend, options(asked)), isolation=asked.isolation)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     plan = Plan(
         backend=asked.backend,
         proctrack=asked.proctrack,
+        isolation=asked.isolation,
         choice=choice,
         seeds=range(asked.seed, asked.seed + asked.trials),
         directory=directory,
@@ -135,6 +144,7 @@ def perform(asked: argparse.Namespace) -> Batch:
 def options(asked: argparse.Namespace) -> str:
     """Those that say what the trials were, as they may be given again."""
     words = [f"--trials {asked.trials} --seed {asked.seed}"]
+    words += [f"--isolation {asked.isolation}"] * (asked.isolation != "none")
     words += [f"--fault {' '.join(asked.fault or ())}"] * bool(asked.fault) + ["--pairs"] * asked.pairs
     words += ["--engines"] * asked.engines
     return " ".join([*words, f"--jobs {asked.jobs}"])

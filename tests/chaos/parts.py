@@ -1,4 +1,4 @@
-"""The parts of a run: which processes are its agents, guardians, head, launcher, batch script.
+"""The parts of a run: which processes are its agents, guardians, head, launcher, batch script, Slurm's step daemons.
 
 On Ray also its driver, which is a child of the launcher's, and the holders: the actors that guardians are children of.
 """
@@ -11,6 +11,7 @@ from chaos import sight
 from chaos.sight import Who
 
 COMMS = {"guardian": b"slurmfork-guard\n", "agent": b"slurmfork-agent\n"}
+STEPD = b"slurmstepd\n"
 MARKS = {"head": b"head/__main__.py", "batch": b"/batch.sh\0"}
 LAUNCHERS = {"local": b"backends/local_nodes.py", "ray": b"backends/ray_driver.py"}
 
@@ -31,8 +32,12 @@ class Parts:
         if part == "driver":
             below = {one.pid for one in self.find("launcher")}
             return [one for pid in sight.pids() if sight.parent(pid) in below and (one := sight.who(pid))]
+        if part == "stepd":
+            above = {sight.parent(one.pid) for one in self.find("guardian")}
+            return [one for pid in above if sight.read(pid, "comm") == STEPD and (one := sight.who(pid))]
         found = [one for pid in sight.pids() if self._is(pid, part) and (one := sight.who(pid))]
-        return [one for one in found if not self._is(sight.parent(one.pid), part)]
+        firsts = [one for one in found if not self._is(sight.parent(one.pid), part)]
+        return [one for one in firsts if sight.lives(one)]  # of who is gone the parent says nothing
 
     def _is(self, pid: int, part: str) -> bool:
         if part in COMMS:

@@ -21,7 +21,8 @@ TREE = Path(__file__).resolve().parents[2]
 class Result:
     """One trial. ``left``: what was there when all was over; ``survivors``: what `slurmfork clean` left of it.
 
-    ``due``: the fault is one against which no ring can hold, so that clean was due: only what it left is counted.
+    ``due``: the fault is one against which no ring can hold, so that clean was due: only what it left is counted. In a
+    namespace it never is.
     ``missed``: whom the fault was for was gone before it struck. ``engines``: the run hosted some, and was called.
     """
 
@@ -57,10 +58,12 @@ class Batch:
     proctrack: str
     how: dict[str, str]
     results: list[Result] = field(default_factory=list)
+    isolation: str = "none"
 
     @property
     def place(self) -> str:
-        return self.backend + (f" with proctrack/{self.proctrack}" if self.backend == "slurm" else "")
+        words = self.backend + (f" with proctrack/{self.proctrack}" if self.backend == "slurm" else "")
+        return words + (f", isolation {self.isolation}" if self.isolation != "none" else "")
 
 
 def circumstances(backend: str, options: str) -> dict[str, str]:

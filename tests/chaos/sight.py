@@ -1,6 +1,7 @@
 """What the checker sees, by eyes of its own: every process of a trial, by marks that slurmfork knows nothing of.
 
-Workers' processes map a file of the trial, or have its place among their arguments, or have announced themselves.
+Workers' processes map a file of the trial, or have its place among their arguments, or have announced themselves; in a
+PID namespace they announce other PIDs than ours, which are translated.
 What slurmfork itself runs for the trial is known by the run id, and by its Slurm job.
 """
 
@@ -26,11 +27,15 @@ class Who(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One announcement."""
+    """One announcement. ``inside``: it was made in a PID namespace other than ours.
+
+    ``who`` is by the PIDs that we see. One that had ended before we looked for it has none of these: its is negative.
+    """
 
     who: Who
     leader: bool
     name: str
+    inside: bool = False
 
 
 def who(pid: int) -> Who | None:
@@ -65,6 +70,28 @@ def read(pid: int, what: str) -> bytes:
         return b""
 
 
+def space(pid: int | str) -> int:
+    """The PID namespace that a process is in, as its own announcement names it; 0 where it cannot be seen."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def translated(those: set[tuple[int, Who]]) -> dict[tuple[int, Who], Who]:
+    """Who they are out here, of processes by their namespaces and their PIDs in there; gone ones are left out."""
+    starts = {one.start for _, one in those}
+    found = {}
+    for pid in pids() if those else ():
+        one = who(pid)
+        if one is None or one.start not in starts:
+            continue
+        lines = read(pid, "status").decode(errors="replace").splitlines()
+        inner = next((int(line.split()[-1]) for line in lines if line.startswith("NSpid:")), 0)
+        found[space(pid), Who(inner, one.start)] = one
+    return {key: one for key, one in found.items() if key in those}
+
+
 def lives(one: Who) -> bool:
     return who(one.pid) == one
 
@@ -88,6 +115,11 @@ def describe(one: Who) -> str:
 def carries(pid: int, run_id: str) -> bool:
     """Whether it has the run id in its environment."""
     return f"SLURMFORK_RUN_ID={run_id}\0".encode() in read(pid, "environ") + b"\0"
+
+
+def _parsed(text: str) -> tuple[int, Line]:
+    pid, start, where, role, name = text.split(" ", 4)
+    return int(where), Line(Who(int(pid), int(start)), role == "leader", name)
 
 
 @dataclass
@@ -115,9 +147,14 @@ class Sight:
                 return list(self._lines)
             whole = data[: data.rfind(b"\n") + 1]
             self._read_to += len(whole)
-            for text in whole.decode().splitlines():
-                pid, start, role, name = text.split(" ", 3)
-                self._lines.append(Line(Who(int(pid), int(start)), role == "leader", name))
+            said = [_parsed(text) for text in whole.decode().splitlines()]
+            ours = space("self")
+            known = translated({(where, line.who) for where, line in said if where != ours})
+            for where, line in said:
+                if where != ours:
+                    one = known.get((where, line.who), Who(-line.who.pid, line.who.start))
+                    line = line._replace(who=one, inside=True)
+                self._lines.append(line)
             return list(self._lines)
 
     def leaders(self) -> list[Line]:

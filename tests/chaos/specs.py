@@ -30,6 +30,7 @@ class Draft:
     slurm: dict[str, Any] = field(default_factory=dict)
     setup: str = ""
     hosts: bool = False  # whether the first role hosts engines
+    isolation: str = "none"
 
     def role(self, name: str, kind: str, **more: Any) -> None:
         self.roles[name] = {"command": command(kind, self.place, "{worker}"), **more}
@@ -55,6 +56,7 @@ class Draft:
         spec = {
             "name": self.name,
             "nodes": self.nodes,
+            "isolation": self.isolation,
             **({"setup": self.setup} if self.setup else {}),
             "local": {"gpus-per-node": 4},
             "ray": {"gpus-per-node": 4, "cpus-per-node": 2},
@@ -73,9 +75,11 @@ def command(kind: str, place: Path, name: str, *more: str) -> list[str]:
     return [sys.executable, "-I", "-S", str(WORKER), kind, str(place), name, *more]
 
 
-def draw(dice: random.Random, place: Path, *, name: str = "chaos", engines: bool = False) -> Draft:
+def draw(
+    dice: random.Random, place: Path, *, name: str = "chaos", engines: bool = False, isolation: str = "none"
+) -> Draft:
     """A spec of the dice's making; ``engines``: one that hosts some for sure."""
-    draft = Draft(name, place, nodes=dice.randint(1, 3))
+    draft = Draft(name, place, nodes=dice.randint(1, 3), isolation=isolation)
     if dice.random() < ENGINE_SHARE or engines:
         draft.engine(FIRST, dice.choice(ENGINES), **_count(dice), **_ways(dice, patient=False), gpus=1)
     else:

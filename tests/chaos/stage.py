@@ -102,9 +102,12 @@ class Innocents:
 class Stage:
     """A backend, the directory for everything, and the innocents of the whole batch."""
 
-    def __init__(self, directory: Path, backend: str, proctrack: str, *, engines: bool = False) -> None:
+    def __init__(
+        self, directory: Path, backend: str, proctrack: str, *, engines: bool = False, isolation: str = "none"
+    ) -> None:
         self.directory, self.backend, self.proctrack = directory, backend, proctrack
         self.engines = engines  # whether all runs host some
+        self.isolation = isolation
         self.ray: RayCluster | None = None
         self._ray_python = ""
         self.innocents = Innocents()
@@ -235,7 +238,7 @@ class Stage:
         place = self.directory / f"second-{time.monotonic_ns()}"
         place.mkdir()
         (place / "mark").write_bytes(bytes(4096))
-        draft = specs.Draft("chaos", place, nodes=1)
+        draft = specs.Draft("chaos", place, nodes=1, isolation=self.isolation)
         if self.backend == "slurm":
             draft.slurm = {"nodelist": self.node(1), "time": "12:00:00"}
         for role, kind in (("first", "plain"), ("role0", "daemon"), ("role1", "stubborn")):

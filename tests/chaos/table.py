@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chaos.faults import BACKENDS, REGISTRY, TRACKERS
 from chaos.result import Batch, Result
@@ -62,6 +62,27 @@ was started in the last moment before both died, too late for the journal, and t
 environment, and has closed every descriptor: nothing that is left of it says whose it is. In such a cell *before clean*
 may be more than 0; what counts there is *after clean*. Processes in this table that `clean` could not name either are
 counted there, too, and none is left out.
+"""
+
+AT_FIRST = """The same trials with later code are among those above.
+"""
+ISOLATED = "namespace"
+ISOLATED_INTRO = (
+    INTRO.replace("# Faults\n", "# Faults, with `isolation: namespace`\n")
+    .replace("scripts/chaos --backend", "scripts/chaos --isolation namespace --backend")
+    .replace("docs/faults.md", "docs/faults-namespace.md")
+    .replace(
+        "Each trial makes",
+        "The runs have a PID namespace on each node ([isolation](isolation.md)); [faults](faults.md) has those that\n"
+        "do without. "
+        "Each trial makes",
+    )
+)
+ISOLATED_LIMITS = """## Nobody cleans up
+
+In no trial of this page is `slurmfork clean` due, those in which guardian and agent of a node die in the same instant
+included: all of *before clean* counts. A trial has also failed if a worker announced itself from outside of a
+namespace.
 """
 
 
@@ -157,20 +178,43 @@ def _verdict(place: str, batches: Sequence[Batch]) -> str:
 # --- the page
 
 
-def page(batches: Sequence[Batch]) -> str:
-    """All of docs/faults.md."""
+def again(batches: Sequence[Batch]) -> tuple[list[Batch], list[str]]:
+    """The batches without those failures whose trial was made again in a later batch, and held; and these in words."""
+    kept, at_first = [], []
+    for number, batch in enumerate(batches):
+        held = {_trial(later, one) for later in batches[number + 1 :] for one in later.results if one.ok}
+        mended = [one for one in batch.results if not one.ok and _trial(batch, one) in held]
+        at_first += [f"{line} (commit {batch.how['commit']})" for line in _failures([replace(batch, results=mended)])]
+        kept.append(replace(batch, results=[one for one in batch.results if one not in mended]))
+    return kept, at_first
+
+
+def _trial(batch: Batch, one: Result) -> tuple[str, int, str]:
+    return batch.place, one.seed, one.fault
+
+
+def page(batches: Sequence[Batch], at_first: Sequence[str] = ()) -> str:
+    """All of docs/faults.md, or of its like for runs in namespaces; raises ValueError where both are among these.
+
+    ``at_first``: what ``again`` tells.
+    """
+    isolated = {batch.isolation == ISOLATED for batch in batches}
+    if len(isolated) > 1:
+        raise ValueError("batches with and without namespaces do not go on one page")
+    intro, limits = (ISOLATED_INTRO, ISOLATED_LIMITS) if isolated == {True} else (INTRO, LIMITS)
     found = rows(batches)
     names = {row.fault.removeprefix(PAIRS).removeprefix(ENGINES) for row in found}
     lines = [_line(HEADINGS), _line(["---"] * len(HEADINGS)), *(_line(row.cells()) for row in found)]
     about = [f"- `{one.name}`: {one.about}" for one in REGISTRY.values() if one.name in names]
     made = [f"- {_made(batch)}" for batch in batches]
     parts = [
-        INTRO,
+        intro,
         *lines,
         "",
-        LIMITS,
+        limits,
         "## What did not hold\n",
         *(_failures(batches) or ["Nothing: every trial passed every check."]),
+        *(["\n## What held when it was mended\n", AT_FIRST, *at_first] if at_first else []),
         "\n## The faults\n",
         *about,
         "\n## How this was made\n",

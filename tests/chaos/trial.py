@@ -36,7 +36,7 @@ class Trial:
         self.sight = Sight(self.place)
         self.shell = on.shell(directory / "home")
         self.root = self.shell.root
-        self.draft = specs.draw(self.dice, self.place, engines=on.engines)
+        self.draft = specs.draw(self.dice, self.place, engines=on.engines, isolation=on.isolation)
         self.run_id, self.job_id = "", ""
         self.taken_down: list[str] = []
         self.mounted: list[Path] = []

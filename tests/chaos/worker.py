@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,13 +21,14 @@ PR_SET_NAME = 15
 CHILDREN = 1000
 PER_SECOND, BREEDING_S = 50, 6
 CGROUPS = "/sys/fs/cgroup"
+BOMB, USERS = 300, 4000
 
 place, name, lifetime = "", "", LIFETIME
 _marks: list[mmap.mmap] = []
 
 
 def announce(role: str = "child") -> None:
-    """Be known to the checker: PID, start time, leader or child, worker."""
+    """Be known to the checker: PID, start time, the PID namespace that these hold in, leader or child, worker."""
     signal.alarm(lifetime)
     if not _marks:  # forked children have inherited it
         descriptor = os.open(f"{place}/mark", os.O_RDONLY)
@@ -35,7 +37,8 @@ def announce(role: str = "child") -> None:
     with open("/proc/self/stat") as stat:
         start_time = stat.read().rpartition(")")[2].split()[19]
     descriptor = os.open(f"{place}/announced", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(descriptor, f"{os.getpid()} {start_time} {role} {name}\n".encode())
+    space = os.stat("/proc/self/ns/pid").st_ino
+    os.write(descriptor, f"{os.getpid()} {start_time} {space} {role} {name}\n".encode())
     os.close(descriptor)
 
 
@@ -208,6 +211,26 @@ def escaped() -> None:
     daemon()
 
 
+def bomb() -> None:
+    """A fork bomb whose every process is in a session of its own and heeds no SIGTERM.
+
+    RLIMIT_NPROC bounds it, which holds for everybody but root: there it becomes another user, whom nobody else is.
+    """
+    say_ready()
+    deafen()
+    resource.setrlimit(resource.RLIMIT_NPROC, (BOMB, BOMB))
+    if os.geteuid() == 0:
+        user = 61_000 + time.monotonic_ns() // 1000 % USERS
+        os.setresuid(user, user, user)
+    while True:
+        try:
+            if os.fork() == 0:
+                signal.alarm(lifetime)
+                os.setsid()
+        except OSError:
+            time.sleep(0.1)
+
+
 def fails() -> None:
     say_ready()
     time.sleep(0.3)
@@ -236,6 +259,7 @@ KINDS: dict[str, Callable[[], None]] = {
     "thousand": thousand,
     "loader": loader,
     "escaped": escaped,
+    "bomb": bomb,
     "fails": fails,
     "leaves": leaves,
 }
