@@ -28,6 +28,7 @@ from slurmfork.engine.hosting import Hosting
 from slurmfork.engine.inbox import Arrived, Inbox
 from slurmfork.engine.tls import TlsChannel
 from slurmfork.engine.unix import UnixChannel
+from slurmfork.engine.warm import LEAST, Warm
 from slurmfork.errors import CodecError, Unreachable, WorkerFailed
 from slurmfork.messages import WorkerView
 from slurmfork.names import WorkerState
@@ -365,3 +366,28 @@ def test_a_message_is_small() -> None:
     assert asked.size < 64
     assert wire.frame(wire.Result(1, False), pack(None)).size < 32
     assert msgspec.msgpack.decode(pack(None).body) is None
+
+
+# --- warm memory -------------------------------------------------------------------------------------------
+
+
+async def test_memory_is_used_again_only_when_nobody_looks_at_it() -> None:
+    warm = Warm(asyncio.get_running_loop())
+    data = memoryview(b"\x07" * (2 * LEAST + 5))
+    first = warm.copy(data)
+    assert isinstance(first, memoryview)
+    first[-1] = 9  # writable, and nobody else's
+    kept = numpy.frombuffer(first, numpy.uint8)[-3:]
+    where = numpy.frombuffer(first, numpy.uint8).ctypes.data
+    del first
+    second = warm.copy(data)  # the end of the first is still looked at
+    assert numpy.frombuffer(second, numpy.uint8).ctypes.data != where
+    assert (second == data, kept.tolist()) == (True, [7, 7, 9])
+    del kept
+    third = warm.copy(data)
+    assert numpy.frombuffer(third, numpy.uint8).ctypes.data == where
+    assert third == data
+
+
+async def test_what_is_small_is_a_plain_copy() -> None:
+    assert isinstance(Warm(asyncio.get_running_loop()).copy(memoryview(bytes(LEAST - 1))), bytes)

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benches import across, plot, spinning
+
 HERE = Path(__file__).resolve().parent
 RAY = "ray==2.60.0"
 MEBIBYTES = 256
-SPIN = 300_000
 
 
 def ray_python() -> str | None:
@@ -87,10 +88,30 @@ def measure(bench: Any) -> None:
         add(bench, "calls with 1,000 in flight", statistics.median(rates), "per s", rays, "rate", ">= 2")
         with contextlib.suppress(ImportError):
             arrays(bench, worker, rays)
+            across_nodes(bench, run)
         with bench.run(spec(False), "local") as other:
-            forked, shared = zip(*((throughput(run), throughput(other)) for _ in range(8)), strict=True)
-        name = "pure Python in two roles, fork: true"
-        bench.add(name, statistics.median(forked), "rounds/s", "fork: false", statistics.median(shared), bound=">= 1.9")
+            two_roles(bench, run, other)
+
+
+def across_nodes(bench: Any, run: Any) -> None:
+    ours, bare = across.rates(run, "rollout")
+    name = f"{across.MEBIBYTES} MiB to a worker of another node, by TLS"
+    bench.add(name, statistics.median(ours), "MiB/s", "a bare TLS stream", statistics.median(bare), bound=">= 0.7")
+
+
+def two_roles(bench: Any, forked: Any, shared: Any) -> None:
+    """Two busy roles in two processes, and in one; beside what the machine gives to two bare processes, and threads."""
+    with spinning.bare() as bare:
+        kinds = {"fork: true": spinning.roles(forked), "fork: false": spinning.roles(shared), **bare}
+        rates = spinning.throughputs(kinds)
+    middle = {name: statistics.median(found) / 1e6 for name, found in rates.items()}
+    unit = "M rounds/s"
+    name = "pure Python in two roles, fork: true"
+    bench.add(name, middle["fork: true"], unit, "fork: false", middle["fork: false"], bound=">= 1.9")
+    bench.add(name, middle["fork: true"], unit, "bare threads", middle["bare threads"])
+    bench.add("the same in two bare processes", middle["bare processes"], unit, "bare threads", middle["bare threads"])
+    if bench.plot is not None:
+        plot.throughputs(bench.plot, rates)
 
 
 def add(bench: Any, name: str, value: float, unit: str, rays: dict[str, Any], key: str, bound: str) -> None:
@@ -128,13 +149,3 @@ def arrays(bench: Any, worker: Any, rays: dict[str, Any]) -> None:
             took[way] = statistics.median(1e6 * seconds(call) for _ in range(200))
             shared.LEAST = kept
         bench.add(f"{kib} KiB there by shared memory", took["shared"], "us", "the socket", took["socket"])
-
-
-def throughput(run: Any) -> float:
-    """Rounds a second that both roles do together, each kept busy for a while."""
-    workers = [run.role(name).worker(0) for name in ("rollout", "eval")]
-    calls = 4
-    took = seconds(
-        lambda: [f.result() for f in [worker.submit("spin", SPIN) for worker in workers for _ in range(calls)]]
-    )
-    return len(workers) * calls * SPIN / took
