@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from cluster import Factory, MiniCluster
 from processes import wait_until
@@ -37,6 +38,10 @@ def shell(tmp_path: Path, cluster: MiniCluster) -> Iterator[Shell]:
     made.end()
 
 
+def stopped(pid: int) -> bool:
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
 def test_a_run_goes_on_after_it_was_suspended(shell: Shell, cluster: MiniCluster) -> None:
     run_id = shell.ready(shell.spec(SPEC))
     job_id = shell.status(run_id)["job_id"]
@@ -44,13 +49,15 @@ def test_a_run_goes_on_after_it_was_suspended(shell: Shell, cluster: MiniCluster
     ticks = [shell.root / run_id / f"ticks-{index}" for index in range(2)]
     wait_until(lambda: all(path.exists() for path in ticks), "the workers to tick")
     cluster.run(["scontrol", "suspend", job_id])
-    frozen = [path.read_text() for path in ticks]
     try:
+        wait_until(lambda: all(stopped(pid) for pid in before.values()), "Slurm to stop the workers")
+        frozen = [path.read_text() for path in ticks]
         time.sleep(STILL_S)  # nothing happens that could be waited for: that is the point
         written = [len(path.read_text()) - len(text) for path, text in zip(ticks, frozen, strict=True)]
         assert max(written) <= len("1234567890\n"), "one tick may have been under way"
         suspended = shell.status(run_id)
-        assert suspended["state"] in ("ready", "starting"), suspended
+        assert suspended["state"] == "ready", suspended
+        assert suspended["reason"] == "Slurm has stopped the job (SUSPENDED): it stands still until it is resumed"
     finally:
         cluster.run(["scontrol", "resume", job_id])
     lengths = [len(path.read_text()) for path in ticks]
