@@ -27,6 +27,7 @@ T = TypeVar("T")
 HEAD_TIMEOUT = 3.0
 LATE_WORD = 60.0  # seconds that what a compute node wrote may take to be seen here
 # Slurm knows better than the head, which saw a SIGTERM and no more, why a job was ended.
+STANDING_STILL = frozenset({"SUSPENDED", "STOPPED"})  # the head is stopped then, too
 SLURM_KNOWS_BETTER = frozenset({RunState.TIMEOUT, RunState.PREEMPTED, RunState.NODE_FAIL})
 
 
@@ -167,6 +168,8 @@ class Observation:
     def _take_report(self, status: RunStatus, report: JobReport | None) -> None:
         """No head answers: what the batch script left, and what the scheduler says."""
         silent = f"the head does not answer; last heard of {status.age:.0f} s ago" if self.head else ""
+        if silent and report is not None and report.word in STANDING_STILL:
+            silent = f"Slurm has stopped the job ({report.word}): it stands still until it is resumed"
         batch = _batch_status(self.rundir.batch_status)
         if report is not None and report.state in ENDED_STATES:
             status.state, status.source = report.state, "scheduler"

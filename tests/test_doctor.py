@@ -185,6 +185,11 @@ def test_the_python_that_nodes_have_is_told_by_their_kernel(kernel: str, words: 
     assert f"srun -n1 {sys.executable} --version" in found.todo
 
 
+def test_an_old_slurm_makes_an_old_python_likely() -> None:
+    assert "3.6 to 3.9" in starting.python_of_nodes(Site({"SLURM_VERSION": "20.11.4"})).means
+    assert "3.6 to 3.9" not in starting.python_of_nodes(Site({"SLURM_VERSION": "24.11.5"})).means
+
+
 def test_the_shell_s_own_variables_are_counted() -> None:
     given = {"PATH": "/bin", "SLURM_CONF": "/x", "SLURM_JOB_ID": "7", "SBATCH_QOS": "low", "SQUEUE_FORMAT": "%i"}
     found = starting.environment(Site({}, environment=given))

@@ -180,11 +180,21 @@ def test_gpus_that_a_template_asks_for_by_task_are_all_the_agents(shell: Shell, 
     assert seen["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
-def test_a_template_that_makes_an_array_is_told_why_not(shell: Shell, cluster: MiniCluster) -> None:
-    run_id = shell.json("submit", *with_template(shell, cluster, "--array=1-2"))["run_id"]
+@pytest.mark.parametrize(
+    ("more", "words", "scripts"),
+    [
+        ("--array=1-2", "is an array: one run is one job", 2),
+        ("\n#SBATCH hetjob\n#SBATCH --nodes=1", "is a heterogeneous job: a run is one job of like nodes", 1),
+    ],
+    ids=["array", "heterogeneous"],
+)
+def test_a_template_that_makes_of_it_what_no_run_is(
+    shell: Shell, cluster: MiniCluster, more: str, words: str, scripts: int
+) -> None:
+    run_id = shell.json("submit", *with_template(shell, cluster, more))["run_id"]
     shell.runs.append(run_id)
     log = shell.root / run_id / "batch.log"
-    wait_until(lambda: log.exists() and log.read_text().count("is an array: one run is one job") == 2, "the refusals")
+    wait_until(lambda: log.exists() and log.read_text().count(words) == scripts, "the refusal")
     assert not list((shell.root / run_id / "agents").iterdir())
     wait_until(lambda: shell.status(run_id)["state"] == "failed", "the run to have failed", 120)
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from slurmfork import killing, names, process
 from slurmfork.agent.command import find
+from slurmfork.agent.grant import SHARDS
 from slurmfork.agent.node import Node
 from slurmfork.agent.spawn import StartFailed
 from slurmfork.agent.starter import Starter
@@ -29,7 +30,7 @@ SMI_TIMEOUT_S = 8.0
 SMI = ("--query-compute-apps=gpu_bus_id,pid,used_memory", "--format=csv,noheader,nounits")
 GPUS = Path("/proc/driver/nvidia/gpus")
 
-_MPS = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+_SHARED = (SHARDS, names.SHARES, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")  # others are on these GPUs by design
 # What watches devices or hands them out, and computes nothing there; as the kernel cuts their names.
 _WATCHERS = frozenset({"nvidia-persiste", "nv-hostengine", "dcgm-exporter", "nvidia-smi", "slurmd", "slurmstepd"})
 _APP = re.compile(r"([0-9A-Fa-f]+:[0-9A-Fa-f]+:[0-9A-Fa-f]+\.[0-9]), *(\d+), *(\d+|\[.*\]|N/A)")
@@ -56,7 +57,7 @@ class Holder:
 
 def device_files(node: Node) -> dict[str, Device]:
     """The files of the granted devices, as far as they can be known: not of those that have no number."""
-    if node.shared or _MPS in node.environment:  # others are on these GPUs by design
+    if any(name in node.environment for name in _SHARED):
         return {}
     numbers = _slurms_numbers(node)
     listed = [path.strip() for path in node.environment.get(names.DEVICE_FILES, "").split(",")]

@@ -13,6 +13,7 @@ from slurmfork.doctor.place import LOCAL_FILE_SYSTEMS, file_system_of
 from slurmfork.doctor.site import Site, release_of, several
 
 OLDEST = (20, 11)
+_OLD = (22, 5)
 _PARTITIONS = 20
 # Which Python a distribution brings by itself, told by the kernel that its nodes run.
 _OWN_PYTHONS = (
@@ -87,6 +88,8 @@ def python_of_nodes(site: Site) -> Check:
     means = f"it lies on {kind or 'a file system'} of this machine, so each node needs its own, 3.10 or later"
     if owns:
         means += f"; by their kernels, {several(owns)}"
+    elif (0, 0) < site.release < _OLD:
+        means += "; systems of the age of this Slurm have 3.6 to 3.9 by themselves"
     todo = f"`srun -n1 {sys.executable} --version` shows it; if that fails, install slurmfork where nodes see it"
     return Check(name="python of nodes", ok=True, detail=detail, means=means, todo=todo)
 
