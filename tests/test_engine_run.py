@@ -17,6 +17,7 @@ import numpy
 import pytest
 from cluster import Factory
 from engine_classes import Colour, Mishap, Plain, Sample, Speechless
+from namespaced import may_make_namespaces
 from running import Shell
 
 from slurmfork import Run, process
@@ -437,6 +438,31 @@ def test_an_engine_that_cannot_be_made_leaves_none(one: Worker) -> None:
         one.create_engine("bad", "engine_classes:Nothing")
     one.create_engine("bad", "engine_classes:Engine")
     one.remove_engine("bad")
+
+
+def test_who_shares_a_process_is_reached_by_itself_in_a_namespace(tmp_path: Path) -> None:
+    """Where its host takes itself for another PID than its node does."""
+    shell = Shell(tmp_path)
+    try:
+        made = begun(
+            shell,
+            f"""
+            name: inside
+            backend: local
+            isolation: {"namespace" if may_make_namespaces() else "none"}
+            roles:
+              actor: {{{ENGINE}}}
+              critic: {{{ENGINE}, strategy: {{type: colocation, target: actor, fork: false}}}}
+            """,
+        )
+        critic = made.role("critic").worker(0)
+        pid = critic.call("pid")
+        actor = made.role("actor").worker(0)
+        assert actor.call("pid") == pid
+        assert critic.health()["pid"] == actor.health()["pid"] == actor.view.pid
+        assert (pid == actor.view.pid) is not may_make_namespaces()
+    finally:
+        shell.end()
 
 
 def test_the_host_imports_nothing_heavy(run: Run) -> None:

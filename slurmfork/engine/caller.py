@@ -227,7 +227,8 @@ class Connection:
                     self.give_up(message.id)
                     pending.fail(error)
         elif isinstance(message, wire.Welcome) and not self._welcome.done():
-            if message.worker == self._view.worker or message.pid == self._view.pid:
+            # Not by its PID: in a namespace the host has another than its node knows. A guest's host is its target.
+            if message.worker in (self._view.worker, self._view.target):
                 self._welcome.set_result(message)
             else:
                 self._welcome.set_exception(Unreachable(f"{message.worker} answers there"))

@@ -157,7 +157,7 @@ class Worker:
         once, while a method may hang.
         """
         health: dict[str, Any] = result(self._request(lambda number, _: wire.Ask(number), wire.NOTHING, timeout))
-        return health
+        return {**health, "pid": self._view.pid or health["pid"]}  # the node's, where the host has one of its own
 
     # --- connection
 
