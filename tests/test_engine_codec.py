@@ -160,7 +160,7 @@ def test_a_numpy_scalar_stays_one(value: Any) -> None:
     ("value", "words"),
     [
         (Plain(), "engine_classes.Plain cannot be sent; make a dataclass of it"),
-        ([{"a": object()}], "builtins.object cannot be sent"),
+        ([{"a": object()}], "an instance of object cannot be sent"),
         (print, "cannot be sent"),
         (numpy.array([None]), "array of Python objects"),
         (numpy.ma.array([1]), "MaskedArray cannot be sent"),

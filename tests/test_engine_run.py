@@ -359,7 +359,9 @@ def test_what_is_not_there_is_named(run: Run, one: Worker) -> None:
 
 
 def test_what_cannot_be_sent_back_is_the_calls_failure(one: Worker) -> None:
-    with pytest.raises(CodecError, match=r"what unsendable of actor/0 returned: a engine_classes\.Plain cannot be"):
+    with pytest.raises(
+        CodecError, match=r"what unsendable of actor/0 returned: an instance of engine_classes\.Plain cannot be"
+    ):
         one.call("unsendable")
     with pytest.raises(CodecError, match=r"engine_classes\.Plain cannot be sent"):
         one.call("echo", Plain())
@@ -367,7 +369,7 @@ def test_what_cannot_be_sent_back_is_the_calls_failure(one: Worker) -> None:
 
 def test_pickle_is_taken_only_where_the_spec_allows_it(run: Run, one: Worker) -> None:
     assert isinstance(one.call("echo", Plain(), codec="pickle"), Plain)
-    with pytest.raises(CodecError, match="critic/0 takes no pickled calls"):
+    with pytest.raises(CodecError, match=r"critic/\d takes no pickled calls"):
         run.role("critic").call("echo", 1, codec="pickle")
     with pytest.raises(UsageError, match="codec is None or 'pickle'"):
         one.call("echo", 1, codec="json")  # type: ignore[arg-type]

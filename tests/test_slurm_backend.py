@@ -446,7 +446,7 @@ def test_a_cluster_of_its_own_name(accounted: Site) -> None:
 HEAD = """
 import os, subprocess, sys
 run_dir = os.environ["SLURMFORK_RUN_DIR"]
-status = subprocess.call(sys.argv[4:])
+status = subprocess.call(sys.argv[sys.argv.index("--") + 1 :])
 if not os.path.exists(os.path.join(run_dir, "no-end")):
     open(os.path.join(run_dir, "end.json"), "w").close()
 sys.exit(status)

@@ -146,7 +146,7 @@ class _Packer:
             fields = {name: getattr(value, name) for name in value.__struct_fields__}
             return self.ext(STRUCT, [*classes.name_of(kind), fields])
         shown = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-        raise CodecError(f'a {shown} cannot be sent; make a dataclass of it, or ask for codec="pickle"')
+        raise CodecError(f'an instance of {shown} cannot be sent; make a dataclass of it, or ask for codec="pickle"')
 
     def _array(self, sort: str, value: Any) -> Ext:
         if sort == arrays.ARRAY:
