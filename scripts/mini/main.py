@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     verb["status"].add_argument("--json", action="store_true", help="one JSON document")
     shape_options(verb["up"])
     verb["exec"].add_argument("--node", help="a node in place of the login node; with --kernels")
+    verb["exec"].add_argument("--user", help="as this user in place of root; without --kernels")
     verb["exec"].add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
     verb["node"].add_argument("node", help="n1, n2, ... or login")
     verb["node"].add_argument(
@@ -145,7 +146,7 @@ def run(asked: argparse.Namespace) -> int:
     elif asked.verb == "status":
         return status(cluster, asked.json)
     elif asked.verb == "exec":
-        execute(cluster, asked.node, asked.command)
+        execute(cluster, asked.node, asked.user, asked.command)
     elif asked.verb == "node":
         node(cluster, asked.node, asked.deed, asked.seconds)
     elif asked.verb == "keep":

@@ -34,9 +34,13 @@ def need_node(cluster: Cluster, record: Record, name: str) -> None:
         raise Failed(f"{name}: no such node; there are {', '.join(members(cluster, record.shape))}", 2)
 
 
-def execute(cluster: Cluster, name: str | None, argv: list[str]) -> None:
+def execute(cluster: Cluster, name: str | None, user: str | None, argv: list[str]) -> None:
     """Becomes the command: on the login node, or on one of the others."""
     record = there(cluster)
+    if user and record.shape.kernels:
+        raise Failed("--user: on kernels of their own all files of /shared are root's, and so is all work", 2)
+    if user:
+        argv = ["runuser", "-u", user, "--", *argv]
     if name:
         need_node(cluster, record, name)
     sys.stdout.flush()
