@@ -35,10 +35,10 @@ RELEASES = {
     one.number: one
     for one in (
         Release("20.11", "bullseye", tuple(BASE.split()), python=False),
-        Release("22.05", "bookworm", (*BASE.split(), "libpmix2")),
-        Release("24.11", "trixie", (*BASE.split(), "libpmix2t64")),
+        Release("22.05", "bookworm", tuple(BASE.split())),
+        Release("24.11", "trixie", tuple(BASE.split())),
         # the lists of an unstable suite are of one day, and a mirror may be behind
-        Release("26.05", "sid", (*BASE.split(), "libpmix2t64"), ("Acquire::Check-Valid-Until=false",)),
+        Release("26.05", "sid", tuple(BASE.split()), ("Acquire::Check-Valid-Until=false",)),
     )
 }
 

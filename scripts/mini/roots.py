@@ -86,7 +86,7 @@ def install(root: Path) -> None:
     fetch = ["download", "--quiet", "--dest", str(wheels), "--only-binary=:all:", "--python-version", version]
     tool([*pip(), *fetch, *needed(), *TOOLS])
     tool(["chroot", str(root), "python3", "-m", "venv", KEPT])
-    tool([*pip_of(root), "--find-links=/wheels", *(word.partition(";")[0] for word in needed()), *TOOLS])
+    tool([*pip_of(root), "--find-links=/wheels", *needed(), *TOOLS])
     shutil.rmtree(wheels)
 
 

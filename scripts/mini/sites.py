@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mini.releases import numbers_of, own
+from mini.releases import RELEASES, numbers_of, own
+from mini.roots import root_of
 from mini.words import Cluster, Failed, Shape
 
 JOB_SUBMIT = """\
@@ -59,7 +60,6 @@ class Site:
     since: tuple[int, int] = (0, 0)
     lacking: str = ""
     refused: Callable[[Cluster, Shape], str] = lambda cluster, shape: ""
-    packages: tuple[tuple[str, str], ...] = ()
 
 
 def release_of(shape: Shape) -> tuple[int, ...]:
@@ -81,7 +81,8 @@ def needs_lua(cluster: Cluster, shape: Shape) -> str:
 
 
 def needs_pmix(cluster: Cluster, shape: Shape) -> str:
-    return needs_plugin(cluster, shape, "mpi_pmix.so")
+    at = root_of(RELEASES[shape.slurm]) if shape.rooted else Path("/")
+    return "" if any((at / "usr").glob("lib*/**/libpmix.so.2*")) else "there is no libpmix.so.2 for Slurm's plugin"
 
 
 def needs_plugin(cluster: Cluster, shape: Shape, name: str) -> str:
@@ -134,7 +135,7 @@ SITES = {
         ("PrologFlags=Contain",),
         refused=needs_kernels,
     ),
-    "pmix": Site("MpiDefault=pmix", ("MpiDefault=pmix",), refused=needs_pmix, packages=(("pmix", "libpmix2"),)),
+    "pmix": Site("MpiDefault=pmix", ("MpiDefault=pmix",), refused=needs_pmix),
     "autobind": Site(
         "every task is bound to threads of its own",
         ("TaskPlugin=task/affinity", "TaskPluginParam=autobind=threads"),
