@@ -101,7 +101,7 @@ class Start:
         lay_network(self.cluster, self.shape)
         titles = members(self.cluster, self.shape)
         for title in titles:
-            self.adopt(title, boot(self.cluster, title, []))
+            self.adopt(title, boot(self.cluster, title, self.shape.gpus, []))
         self.wait("waited for all nodes to be idle", self.all_idle, titles=titles)
 
     def munged(self) -> None:

@@ -94,10 +94,12 @@ def write_ssh(cluster: Cluster, shape: Shape) -> None:
     words = ["Host *", "User root", f"IdentityFile {at}/user", "IdentitiesOnly yes", "HostKeyAlias node"]
     words += [f"UserKnownHostsFile {at}/known_hosts", "GlobalKnownHostsFile /dev/null", "StrictHostKeyChecking yes"]
     words += ["ConnectTimeout 30", "ServerAliveInterval 20", "ServerAliveCountMax 3", "LogLevel ERROR"]
+    # a handshake is seconds of work for such a kernel
+    words += ["ControlMaster auto", f"ControlPath {at}/%h", "ControlPersist 120"]
     (at / "config").write_text("\n".join(words) + "\n")
 
 
-def boot(cluster: Cluster, node: str, namespaces: list[str]) -> subprocess.Popen[bytes]:
+def boot(cluster: Cluster, node: str, gpus: int, namespaces: list[str]) -> subprocess.Popen[bytes]:
     """Starts a node's kernel; `namespaces` is what comes before the command, if this process is not in them."""
     words = [
         shutil.which("linux.uml") or "linux.uml",
@@ -118,6 +120,7 @@ def boot(cluster: Cluster, node: str, namespaces: list[str]) -> subprocess.Popen
         f"node={node}",
         f"address={address(node)}",
         f"gateway={HERE}",
+        f"gpus={gpus}",
         f"tmp={TMP_SIZE}",
     ]
     with (cluster.home / "log" / f"{node}.err").open("ab") as out:
@@ -138,6 +141,12 @@ def reach(cluster: Cluster, keeper: Process | None, node: str, argv: list[str]) 
         raise Failed(f"{cluster.name} is not up")
     there = ["nsenter", f"--net=/proc/{keeper.pid}/ns/net", "--"]
     return [*there, "ssh", "-F", f"{cluster.home}/ssh/config", address(node), "--", shlex.join(argv)]
+
+
+def forget_connection(cluster: Cluster, node: str) -> None:
+    """The one that is kept open for the next command there."""
+    argv = ["ssh", "-F", f"{cluster.home}/ssh/config", "-O", "exit", address(node)]
+    subprocess.run(argv, capture_output=True, timeout=30, check=False)
 
 
 def on_node(cluster: Cluster, record: Record, node: str, *argv: str, limit_s: float = 60) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mini.clients import client_env, command, daemon_env
 from mini.inside import way_in
-from mini.kernels import address, boot, members, on_node, reach, tap
+from mini.kernels import address, boot, forget_connection, members, on_node, reach, tap
 from mini.processes import command_line, end, executable, look
 from mini.sites import site_environment
 from mini.store import load, lock_of, locked, save
@@ -20,7 +20,7 @@ DEEDS = ("kill", "start", "freeze", "thaw", "cut", "join", "clock", "fill-tmp")
 
 def there(cluster: Cluster) -> Record:
     record = load(cluster)
-    if not record or not record.ready or not record.keeper or look(record.keeper.pid) != record.keeper:
+    if not record or not record.keeper or look(record.keeper.pid) != record.keeper:
         raise Failed(f"{cluster.name} is not up; first: {Path(sys.argv[0]).name} up --name {cluster.name}")
     return record
 
@@ -88,7 +88,7 @@ def start(cluster: Cluster, record: Record, name: str, kernel: Process | None) -
         raise Failed(f"{name} has power already")
     assert record.keeper
     spaces = [f"--mount=/proc/{record.keeper.pid}/ns/mnt", f"--net=/proc/{record.keeper.pid}/ns/net"]
-    child = boot(cluster, name, ["nsenter", *spaces, "--"])
+    child = boot(cluster, name, record.shape.gpus, ["nsenter", *spaces, "--"])
     child.returncode = 0  # it stays when this command has ended
     if process := look(child.pid):
         record.daemons[name] = process
@@ -99,6 +99,7 @@ def cut_power(cluster: Cluster, record: Record, name: str, kernel: Process) -> N
     """The kernel, and the processes that it has its address spaces in."""
     pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
     those = [look(pid) for pid in pids if is_of(cluster, name, pid)]
+    forget_connection(cluster, name)
     end([kernel, *(one for one in those if one and one != kernel)], signal.SIGKILL, 10)
     record.daemons.pop(name)
     save(cluster, record)
