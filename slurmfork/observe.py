@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from slurmfork.backends.base import JobReport
-from slurmfork.client import Client
 from slurmfork.errors import RunDirError, SlurmforkError
 from slurmfork.messages import NodeView, StatusView, WorkerCounts, WorkerView
 from slurmfork.names import ENDED_STATES, OVER_STATES, RunState, WorkerState
 from slurmfork.rundir import CodeRecord, EndRecord, HeadRecord, RunDir, RunRecord
+
+if TYPE_CHECKING:
+    from slurmfork.client import Client
 
 T = TypeVar("T")
 
@@ -90,6 +92,8 @@ class Observation:
         """A client of the head, if there was one; it need not live."""
         if self.head is None:
             return None
+        from slurmfork.client import Client  # TLS and HTTP: of no use where no head is asked
+
         return Client(self.head.addresses, self.head.port, self.rundir.credentials, self.record.run_id)
 
     def look(self, report: JobReport | None) -> tuple[RunStatus, list[WorkerView]]:

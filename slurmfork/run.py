@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from slurmfork import backends, rundir
+from slurmfork import backends, hints, rundir
 from slurmfork.backends.base import PATIENCE_S, Backend, Job, JobReport
-from slurmfork.client import Client
 from slurmfork.errors import BackendError, Refused, RunDirError, StillAlive, Unreachable, UsageError
 from slurmfork.messages import (
     CancelReply,
@@ -39,6 +38,7 @@ from slurmfork.spec import Spec, Stop
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from slurmfork.client import Client
     from slurmfork.engine.role import Role
     from slurmfork.probe import Probe
 
@@ -372,7 +372,8 @@ class Run:
         if client is None and seen.damage:
             raise RunDirError(seen.damage)
         if client is None:
-            raise Unreachable(f"run {self.run_id} has not started yet; `slurmfork wait {self.run_id} --for ready`")
+            wait = hints.command("wait", self.run_id, "--for", "ready")
+            raise Unreachable(f"run {self.run_id} has not started yet; {wait}")
         with client:
             yield client
 
@@ -398,12 +399,22 @@ def statuses(runs: Sequence[Run], patience: float = PATIENCE_S) -> list[tuple[Ru
             continue
         for place, report in zip(jobs, reports, strict=True):
             words[place] = report
-    if len(runs) < 2:
-        return [look.look(word) for look, word in zip(seen, words, strict=True)]
-    from concurrent.futures import ThreadPoolExecutor
+    return _looks(seen, words)
 
-    with ThreadPoolExecutor(min(len(runs), 16)) as pool:  # one dead node must not hold up the others' word
-        return list(pool.map(Observation.look, seen, words))
+
+def _looks(seen: Sequence[Observation], words: Sequence[JobReport | None]) -> list[tuple[RunStatus, list[WorkerView]]]:
+    """What is seen of each: one after the other where a run's files say all, side by side where heads are asked."""
+    found = {place: look.look(words[place]) for place, look in enumerate(seen) if look.end is not None}
+    rest = [place for place in range(len(seen)) if place not in found]
+    if len(rest) < 2:
+        found.update((place, seen[place].look(words[place])) for place in rest)
+    else:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(min(len(rest), 16)) as pool:  # one dead node must not hold up the others' word
+            looked = pool.map(Observation.look, [seen[place] for place in rest], [words[place] for place in rest])
+            found.update(zip(rest, looked, strict=True))
+    return [found[place] for place in range(len(seen))]
 
 
 __all__ = ["Run", "RunStatus", "statuses"]

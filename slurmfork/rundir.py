@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from slurmfork import names
+from slurmfork import hints, names
 from slurmfork.errors import RunDirError, RunNotFound, UsageError
 
 T = TypeVar("T")
@@ -234,7 +234,8 @@ class RunDir:
     def read_record(self, path: Path, kind: type[T]) -> T | None:
         """Read a struct back; None where the file is not there (yet). Raises RunDirError for nonsense."""
         try:
-            data = path.read_bytes()
+            with open(path, "rb", buffering=0) as file:  # `status` reads thousands
+                data = file.read()
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -385,7 +386,7 @@ def _search(root: Path, wanted: str) -> RunDir:
     if matches:
         shown = ", ".join(matches[:5]) + (" ..." if len(matches) > 5 else "")
         raise RunNotFound(f"{wanted!r} could be any of {len(matches)} runs: {shown}")
-    raise RunNotFound(f"no run {wanted!r} under {root}; `slurmfork status` lists the runs that there are")
+    raise RunNotFound(f"no run {wanted!r} under {root}; {hints.command('status')} lists the runs that there are")
 
 
 def _readable(rundir: RunDir) -> RunRecord | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from slurmfork import backends, installation, rundir
+from slurmfork import backends, hints, installation, rundir
 from slurmfork.errors import Unanswered, UsageError
 from slurmfork.run import Run
 from slurmfork.rundir import RunDir, RunRecord
@@ -84,8 +84,8 @@ def submit(
     except Unanswered as error:
         run_id = directory.run_id
         raise Unanswered(
-            f"{error}, so run {run_id} is kept: `slurmfork status {run_id}` tells if it starts, "
-            f"`slurmfork cancel {run_id}` gives it up"
+            f"{error}, so run {run_id} is kept: {hints.command('status', run_id)} tells if it starts, "
+            f"{hints.command('cancel', run_id)} gives it up"
         ) from None
     except BaseException:
         _remove(directory)

@@ -21,6 +21,22 @@ TORCH = "torch==2.13.0"
 RAY = "ray==2.60.0"
 
 
+class Teller:
+    """Names each failure when it comes, so that a session that is cut off has told of it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and reporter is not None:
+            reporter.write_line(f" {report.nodeid} failed ({report.when})")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Teller(config))
+
+
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[Shell]:
     """A user's shell for runs on the local backend; ends what it submitted and checks that nothing is left."""

@@ -176,6 +176,15 @@ def test_a_submit_and_a_fork_whose_connection_breaks_are_done_once(away: Away) -
     assert len([view for view in away.told("big", "ps", run_id)["workers"] if view["role"] == "eval"]) == 4
 
 
+def test_what_it_says_to_type_next_goes_to_the_cluster(away: Away) -> None:
+    done = away.on("big", "submit", str(away.spec(SPEC)))
+    assert done.returncode == 0, done.stderr
+    [run_id] = [run["run_id"] for run in away.told("big", "status", "last")["runs"]]
+    away.runs.append(run_id)
+    assert f"`slurmfork wait --cluster big {run_id} --for ready`" in done.stdout
+    assert "`slurmfork status --cluster big` lists the runs" in away.on("big", "ps", "nobodys-run").stderr
+
+
 def test_one_connection_and_one_command(away: Away) -> None:
     run_id = submit(away, "big")
     with away.cluster.sshd_options(LogLevel="VERBOSE"):

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import click
 
+from slurmfork import hints
 from slurmfork.cli import attached, failure, output
 from slurmfork.cli.look import worker_table
 from slurmfork.cli.options import RUN, Assignment, Seconds, run_argument, verb
@@ -71,7 +72,7 @@ def fork(
             request_id=request_id,
         )
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; the fork goes on: `slurmfork ps {found.run_id}` shows how") from None
+        raise Interrupted(f"interrupted; the fork goes on: {hints.command('ps', found.run_id)} shows how") from None
     except Refused as error:
         if not isinstance(error.detail, list) or not error.detail:
             raise
@@ -189,8 +190,9 @@ def _tell(run: Run, outcome: Outcome, *, as_json: bool) -> bool:
     for note in outcome.notes:
         output.complain(f"{run.run_id}: {note}")
     if outcome.survivors:
-        output.complain(f"{run.run_id}: `slurmfork clean {run.run_id}` tries again to end what is left")
+        output.complain(f"{run.run_id}: {hints.command('clean', run.run_id)} tries again to end what is left")
     if outcome.unverified:
         nodes = ", ".join(outcome.unverified)
-        output.complain(f"{run.run_id}: could not ask {nodes}; run `slurmfork clean {run.run_id}` there to make sure")
+        clean = hints.command("clean", run.run_id)
+        output.complain(f"{run.run_id}: could not ask {nodes}; run {clean} there to make sure")
     return not (outcome.survivors or outcome.unverified or outcome.notes)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from slurmfork import hints
 from slurmfork.cli import failure, logview, output, progress
 from slurmfork.errors import SlurmforkError
 from slurmfork.logs import Merged
@@ -168,14 +169,14 @@ def _cancel(run: Run, screen: _Screen) -> None:
         screen.look(final=True)
     except Told:
         worker.join(max(0.0, begun + ASKING - time.monotonic()))
-        screen.say(f"not waiting; the cancel goes on, `slurmfork cancel {run.run_id}` waits until it is done")
+        screen.say(f"not waiting; the cancel goes on, {hints.command('cancel', run.run_id)} waits until it is done")
         return
     screen.say(_outcome(run, outcome[0]) if outcome else f"the cancel of {run.run_id} broke off; repeat it")
 
 
 def _outcome(run: Run, outcome: CancelReply | SlurmforkError) -> str:
     if isinstance(outcome, SlurmforkError):
-        return f"{outcome}; `slurmfork cancel {run.run_id}` tries again"
+        return f"{outcome}; {hints.command('cancel', run.run_id)} tries again"
     return "; ".join([cancelled_line(run, outcome), *outcome.notes])
 
 

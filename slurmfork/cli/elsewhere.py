@@ -54,7 +54,7 @@ class LeftAlone(SlurmforkError):
 def run(ctx: click.Context, cluster: str) -> int:
     """Run the verb of ``ctx`` on a cluster; returns its exit status."""
     profile = clusters.find(cluster)
-    request, spec = _request(ctx, profile)
+    request, spec = _request(ctx, cluster, profile)
     verb = request.args[0]
     bar = sending.Bar(cluster)
     upload = (
@@ -194,9 +194,11 @@ def _signals(visit: Visit) -> Iterator[None]:
 # --- what was typed, as a request
 
 
-def _request(ctx: click.Context, profile: Cluster) -> tuple[Request, Spec | None]:
+def _request(ctx: click.Context, cluster: str, profile: Cluster) -> tuple[Request, Spec | None]:
     verb = ctx.command.name or ""
-    made = Request(request_id=uuid.uuid4().hex, args=[verb], once=verb in CHANGING, terminal=_terminal())
+    made = Request(
+        request_id=uuid.uuid4().hex, args=[verb], once=verb in CHANGING, terminal=_terminal(), cluster=cluster
+    )
     spec, text = _read_spec(ctx, made) if isinstance(ctx.params.get("spec"), Path) else (None, b"")
     options, arguments = [], []
     for param in ctx.command.params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from slurmfork import hints
 from slurmfork.cli import output
 from slurmfork.messages import WorkerView
 from slurmfork.names import RunState, WorkerState
@@ -31,7 +32,7 @@ def explain(run: Run, status: RunStatus, *, tails: bool = True) -> None:
         tell_workers(failed, tails=tails)
     elif tails and status.state is RunState.FAILED:
         quote(last_lines(run.rundir.batch_log, TAIL))
-        output.aside(f"`slurmfork logs {run.run_id} batch` shows all of it")
+        output.aside(f"{hints.command('logs', run.run_id, 'batch')} shows all of it")
 
 
 def verdict(status: RunStatus) -> str:
@@ -40,9 +41,9 @@ def verdict(status: RunStatus) -> str:
     if status.reason and output.one_line(status.reason) != str(status.state):
         line += f": {output.one_line(status.reason)}"
     if status.survivors:
-        line += f"; {output.plural(status.survivors, 'process')} left: `slurmfork clean {status.run_id}`"
+        line += f"; {output.plural(status.survivors, 'process')} left: {hints.command('clean', status.run_id)}"
     if status.unverified:
-        line += f"; could not ask {', '.join(status.unverified)}: `slurmfork clean {status.run_id}`"
+        line += f"; could not ask {', '.join(status.unverified)}: {hints.command('clean', status.run_id)}"
     return line
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from slurmfork import hints
 from slurmfork import logs as logfiles
 from slurmfork.cli import failure, logview, output, probed, progress
 from slurmfork.cli.options import RUN, run_argument, verb
@@ -142,7 +143,7 @@ def _detail(one: RunStatus, workers: list[WorkerView]) -> None:
             for line in view.log_tail.splitlines()[-failure.TAIL :]:
                 output.say(f"  | {line}")
         if len(failed) > failure.SHOWN:
-            output.say(f"and {len(failed) - failure.SHOWN} more; `slurmfork ps {one.run_id}`")
+            output.say(f"and {len(failed) - failure.SHOWN} more; {hints.command('ps', one.run_id)}")
 
 
 def _state(one: RunStatus) -> str:
@@ -169,7 +170,7 @@ def _left(one: RunStatus) -> str:
     if one.unverified:
         words.append(f"could not ask {', '.join(one.unverified)}")
     if words:
-        return "; ".join(words) + f"; `slurmfork clean {one.run_id}`"
+        return "; ".join(words) + f"; {hints.command('clean', one.run_id)}"
     return "nothing" if one.survivors == 0 else ""
 
 
@@ -338,7 +339,8 @@ def logs(run: str, which: str | None, follow: bool, last: int | None, no_prefix:
     lines = logview.merged(found, role, last=last, follow=follow, prefix=not no_prefix)
     if not lines and last != 0:
         whose = f"no worker of {role}" if role else f"no worker of {found.run_id}"
-        output.complain(f"{whose} has written anything; `slurmfork logs {found.run_id} batch` has the batch script's")
+        batch = hints.command("logs", found.run_id, "batch")
+        output.complain(f"{whose} has written anything; {batch} has the batch script's")
 
 
 def _which(run: Run, which: str | None) -> tuple[Path | None, str | None]:

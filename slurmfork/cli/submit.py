@@ -10,7 +10,7 @@ from typing import Any
 import click
 import msgspec
 
-from slurmfork import submission
+from slurmfork import hints, submission
 from slurmfork.cli import attached, failure, output, progress
 from slurmfork.cli.options import (
     Seconds,
@@ -78,7 +78,7 @@ def submit(
         with progress.face(quiet=as_json) as face:
             status = progress.until(run, "ready", face)
     except KeyboardInterrupt:
-        output.complain(f"let go of {run.run_id}, which goes on; `slurmfork status {run.run_id}` shows how")
+        output.complain(f"let go of {run.run_id}, which goes on; {hints.command('status', run.run_id)} shows how")
         if as_json:
             output.document(_submitted(run, None))
         return INTERRUPTED if wait else 0
@@ -106,8 +106,9 @@ def _submitted(run: Run, status: RunStatus | None) -> dict[str, Any]:
 
 
 def _next_steps(run: Run, *, ready: bool) -> None:
-    first = f"slurmfork ps {run.run_id}" if ready else f"slurmfork wait {run.run_id} --for ready"
-    output.say(f"next: `{first}`, `slurmfork logs {run.run_id} -f`, `slurmfork cancel {run.run_id}`")
+    first = ("ps", run.run_id) if ready else ("wait", run.run_id, "--for", "ready")
+    steps = (first, ("logs", run.run_id, "-f"), ("cancel", run.run_id))
+    output.say("next: " + ", ".join(hints.command(*step) for step in steps))
 
 
 @verb(

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from slurmfork import aftermath, rundir
+from slurmfork import aftermath, hints, rundir
 from slurmfork.aftermath import Aftermath
 from slurmfork.cli import output
 from slurmfork.cli.options import RUN, Seconds, verb
@@ -104,7 +104,7 @@ def _tell(run_id: str, after: Aftermath, *, as_json: bool) -> None:
         output.complain(f"{run_id}: {note}")
     if after.unverified:
         nodes = ", ".join(after.unverified)
-        output.complain(f"{run_id}: cannot look at {nodes} from here; run `slurmfork clean {run_id}` there")
+        output.complain(f"{run_id}: cannot look at {nodes} from here; run {hints.command('clean', run_id)} there")
 
 
 @verb("prune", prints_data=True, examples=["slurmfork prune", "slurmfork prune --older-than 7d --yes"])

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from slurmfork import names, prctl
+from slurmfork import hints, names, prctl
 from slurmfork.remote.frames import Request, Terminal
 
 SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})  # that a client may send
@@ -99,6 +99,8 @@ def _run(request: Request, directory: Path, marks: int | None) -> int:
     if marks is not None:
         os.environ[names.MARKS] = f"{marks}:{request.mark}"
         os.set_inheritable(marks, False)
+    if request.cluster:
+        hints.came_by(request.cluster)
     _dress(request.terminal)
     args = list(request.args)
     for place in request.paths:

@@ -62,7 +62,8 @@ class Request(Struct, kw_only=True):
     ``files`` are laid down for it; a word whose place is in ``paths`` is the name of one, and becomes its path.
     ``secrets`` go into the environment of that process and into no other place. With ``once`` it is done once, however
     often ``request_id`` comes, and what it wrote is told from ``seen`` (bytes of output and of errors) on; without,
-    it begins at ``mark``, the last word on where it was. ``code`` names the code that was sent before, if any was.
+    it begins at ``mark``, the last word on where it was. ``code`` names the code that was sent before, if any was;
+    ``cluster`` is the name by which its sender knows this one.
     """
 
     request_id: str
@@ -75,6 +76,7 @@ class Request(Struct, kw_only=True):
     seen: tuple[int, int] = (0, 0)
     mark: str = ""
     code: str = ""
+    cluster: str = ""
 
 
 class Ask(Struct, kw_only=True):
