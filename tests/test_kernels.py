@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 
 import pytest
+from beds import on_kernels
 from beds.bed import FOREVER, Bed
+from beds.scenarios import REGISTRY
 from cluster import MiniCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 RELEASE = "24.11"
-TIMEOUT_S = 15  # the bed's SlurmdTimeout
-NAMED_S = 60  # until it is told, on a machine that has much else to do
 _marks = itertools.count(FOREVER)
 
 SPEC = """
@@ -82,24 +81,7 @@ def test_a_bare_scancel_leaves_nothing_on_any_node(bed: Bed, mark: int) -> None:
 
 def test_a_node_without_power(bed: Bed, mark: int) -> None:
     """It is named in time, the other node's workers are ended, and when it is back nothing lives there."""
-    run_id = bed.ready(SPEC.format(mark=mark))
-    bed.json("fork", run_id, "second", "--target", "first")
-    bed.deed("n2", "kill")
-    began = time.monotonic()
     try:
-        bed.until(lambda: "n2" in named(bed, run_id), "status to name the node", TIMEOUT_S + NAMED_S)
-        print(f"named after {time.monotonic() - began:.1f} s: {named(bed, run_id)}")
-        assert bed.ended(run_id).returncode == 1
-        assert bed.status(run_id)["state"] in ("node_fail", "failed")
-        bed.until(lambda: bed.everywhere(mark) == {}, "the other node's processes to be gone")
+        REGISTRY["power-cut"].act(bed, mark)
     finally:
-        bed.deed("n2", "start")
-    bed.until(lambda: "idle" in bed.slurm("sinfo", "-h", "-n", "n2", "-o", "%T"), "the node to be back")
-    assert bed.seen(mark, "n2") == []
-    assert bed.status(run_id)["state"] in ("node_fail", "failed")
-
-
-def named(bed: Bed, run_id: str) -> str:
-    """The reason that status gives for a run, and what it says of its nodes."""
-    done = bed.call("status", run_id)
-    return " ".join(line for line in done.stdout.splitlines() if "n2" in line and "n1" not in line)
+        on_kernels.mend(bed)

@@ -22,7 +22,7 @@ NETWORK = "10.80.0."
 HERE = f"{NETWORK}254"
 INIT = Path(__file__).resolve().parent / "node-init"
 MEMORY = {LOGIN: "512M"}  # Python, sbatch and the controller; others have less
-TMP_SIZE = "48M"
+TMP_SIZE = "96M"
 LINUX = "linux"  # how the name of the kernel's executable begins
 
 

@@ -75,7 +75,7 @@ def kernel_lines(shape: Shape) -> list[str]:
         "SlurmdSpoolDir=/var/spool/slurmd",
         "SlurmctldPidFile=/run/slurmctld.pid",
         "SlurmdPidFile=/run/slurmd.pid",
-        "SlurmdTimeout=15",  # how long until a node without power is told
+        "SlurmdTimeout=30",  # until a node without power is told; a busy machine leaves one without a word for less
         f"NodeName=n{span(1, shape.nodes)} NodeAddr={NETWORK}{span(1, shape.nodes)} {resources(shape)}",
     ]
 
