@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from mini.clients import commands
 from mini.releases import RELEASES
 from mini.roots import install_tree, root_of, tool
 from mini.words import Cluster, Failed, Record, Shape
@@ -68,12 +69,13 @@ def way_in(cluster: Cluster, record: Record) -> list[str]:
     if not record.keeper:
         raise Failed(f"{cluster.name} is not up")
     there = ["nsenter", f"--mount=/proc/{record.keeper.pid}/ns/mnt", "--", "chroot", str(cluster.root)]
-    return [*there, "/bin/sh", "-c", 'cd -- "$1" 2>/dev/null; shift; exec "$@"', "sh"]
+    own = f"PATH=${{PATH#{commands(cluster)}:}}"  # there, these commands are but themselves
+    return [*there, "/bin/sh", "-c", f'{own}; cd -- "$1" 2>/dev/null; shift; exec "$@"', "sh"]
 
 
 def write_commands(cluster: Cluster, record: Record) -> None:
     """Slurm's commands, and slurmfork, as this machine's shells can call them."""
-    at = cluster.home / "bin"
+    at = commands(cluster)
     at.mkdir(mode=0o755)
     for name in COMMANDS.split():
         if record.shape.kernels:
