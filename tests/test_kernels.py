@@ -15,6 +15,7 @@ from cluster import MiniCluster
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 RELEASE = "24.11"
+ROOMS = (on_kernels,)  # importing it fills the registry
 _marks = itertools.count(FOREVER)
 
 SPEC = """
@@ -84,4 +85,5 @@ def test_a_node_without_power(bed: Bed, mark: int) -> None:
     try:
         REGISTRY["power-cut"].act(bed, mark)
     finally:
-        on_kernels.mend(bed)
+        for node in list(bed.down_nodes):
+            bed.deed(node, "start")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from beds.bed import Bed
+from beds.bed import PATIENCE_S, Bed
 from beds.scenarios import LEASE_S, cancelled, gone, scenario, state_of
 from beds.specs import forked, spec
 
@@ -33,7 +33,7 @@ def lose(bed: Bed, mark: int, run_id: str, node: str) -> None:
 def back(bed: Bed, mark: int, node: str) -> None:
     """With power again the node serves, and nothing of the run is there."""
     bed.deed(node, "start")
-    bed.until(lambda: "idle" in bed.slurm("sinfo", "-h", "-n", node, "-o", "%T"), f"{node} to be back")
+    bed.until(lambda: _serves(bed, node), f"{node} to be back")
     assert bed.seen(mark, node) == []
 
 
@@ -165,7 +165,18 @@ def mend(bed: Bed) -> None:
         bed.deed(node, "join")
     for node in ["login", *bed.nodes]:
         bed.until(partial(_right, bed, node), f"{node} to answer")
-    bed.until(lambda: bed.slurm("sinfo", "-h", "-o", "%T", check=False).split() == ["idle"], "all nodes to be idle")
+    # Slurm itself takes minutes until it has given up on a step of which a node is lost.
+    bed.until(lambda: set(_states(bed)) == {"idle"}, "all nodes to be idle", 2 * PATIENCE_S)
+
+
+def _states(bed: Bed, *words: str) -> list[str]:
+    return bed.slurm("sinfo", "-h", "-o", "%T", *words, check=False).split()
+
+
+def _serves(bed: Bed, node: str) -> bool:
+    """Slurm has its word; it may still be completing the job that is lost, on the other nodes."""
+    found = _states(bed, "-n", node)
+    return bool(found) and not any("down" in word or "*" in word for word in found)
 
 
 def _right(bed: Bed, node: str) -> bool:
