@@ -12,7 +12,7 @@ from beds.bed import FOREVER, Bed
 from beds.scenarios import REGISTRY
 from cluster import MiniCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 RELEASE = "24.11"
 ROOMS = (on_kernels,)  # importing it fills the registry

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cluster import SCRIPT, MiniCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
 RELEASE = "24.11"  # as in test_kernels.py: one root serves both
 

@@ -10,6 +10,7 @@ import ctypes
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,18 @@ COMMANDS = (
     "sacct sacctmgr salloc sattach sbatch sbcast scancel scontrol sdiag sinfo sprio squeue sreport srun sshare"
     " slurmfork"
 )
+
+
+def need_namespaces(shape: Shape) -> None:
+    """Refuses in a line what this machine does not allow, before anything is made for it."""
+    if not shape.rooted:
+        return
+    kinds = ["--mount", *(["--net"] if shape.kernels else [])]
+    done = subprocess.run(["unshare", *kinds, "true"], capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode:
+        raise Failed(f"this machine makes no namespaces: {done.stderr.strip()}", 3)
+    if shape.kernels and not Path("/dev/net/tun").exists():
+        raise Failed("this machine has no /dev/net/tun, by which kernels of their own are connected", 3)
 
 
 def separate(network: bool) -> None:

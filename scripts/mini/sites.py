@@ -72,8 +72,10 @@ def under_tmp(cluster: Cluster, shape: Shape) -> str:
     return "its nodes are on this machine, and a /tmp of each job's own would hide what the cluster has there"
 
 
-def needs_kernels(cluster: Cluster, shape: Shape) -> str:
-    return "" if shape.kernels else "it is about SSH to nodes that are hosts of their own"
+def no_other_user(cluster: Cluster, shape: Shape) -> str:
+    if shape.kernels:
+        return "it is about ordinary users, and on kernels of their own all work is root's, whom it lets pass"
+    return "it is about SSH to nodes that are hosts of their own"
 
 
 def needs_lua(cluster: Cluster, shape: Shape) -> str:
@@ -133,7 +135,7 @@ SITES = {
     "adopt": Site(
         "SSH to a node is for who has a job there, and is in that job",
         ("PrologFlags=Contain",),
-        refused=needs_kernels,
+        refused=no_other_user,
     ),
     "pmix": Site("MpiDefault=pmix", ("MpiDefault=pmix",), refused=needs_pmix),
     "autobind": Site(

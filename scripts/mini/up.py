@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mini.down import take_down
+from mini.inside import need_namespaces
 from mini.keeper import start
 from mini.packages import need_packages
 from mini.processes import is_up
@@ -21,6 +22,7 @@ from mini.words import Cluster, Failed, Record, Shape
 def up(cluster: Cluster, shape: Shape, may_install: bool) -> None:
     need_site(cluster, shape)
     need_packages(shape, may_install)
+    need_namespaces(shape)
     if shape.rooted:
         root_of(RELEASES[shape.slurm])
     with locked(lock_of(cluster)):

@@ -31,14 +31,14 @@ ROLES = """\
 """
 
 
-def _options(time: str, partition: str, requeue: bool) -> str:
-    words = [f'time: "{time}"', *([f"partition: {partition}"] if partition else []), *(["requeue: true"] * requeue)]
-    return ", ".join(words)
+def _options(time: str, partition: str) -> str:
+    return ", ".join([f'time: "{time}"', *([f"partition: {partition}"] if partition else [])])
 
 
 def spec(mark: int, *, time: str = "01:00:00", partition: str = "", requeue: bool = False) -> str:
     """Two workers a node, one with a child, one with a daemon that has nothing of its parent's environment."""
-    return HEAD.format(options=_options(time, partition, requeue)) + ROLES.format(mark=mark)
+    head = "requeue: true\n" * requeue + HEAD
+    return head.format(options=_options(time, partition)) + ROLES.format(mark=mark)
 
 
 def restarting_spec(mark: int) -> str:
