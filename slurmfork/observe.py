@@ -164,6 +164,8 @@ class Observation:
         elif end.outside and report and report.state in SLURM_KNOWS_BETTER:
             status.state = report.state
             status.reason = f"Slurm ended the job: {report.word}"
+            if report.state is RunState.NODE_FAIL and end.unverified:
+                status.reason += f"; {', '.join(end.unverified)} did not answer at the end"
 
     def _take_report(self, status: RunStatus, report: JobReport | None) -> None:
         """No head answers: what the batch script left, and what the scheduler says."""

@@ -39,7 +39,8 @@ class MiniCluster:
 
     def up(self, **shape: Any) -> MiniCluster:
         """Takes the options of `minicluster up`: nodes=2, accounting=True, set=["KillWait=5"], ..."""
-        done = self.script("up", *options(shape), *([] if demanded() else ["--no-install"]), limit_s=300)
+        limit_s = 1700 if shape.get("slurm") else 300  # a root is made when it is first asked for
+        done = self.script("up", *options(shape), *([] if demanded() else ["--no-install"]), limit_s=limit_s)
         if done.returncode == UNAVAILABLE and not demanded():
             pytest.skip(done.stderr.strip())
         if done.returncode != 0:

@@ -49,3 +49,14 @@ def test_without_a_word_of_the_scheduler_nothing_is_claimed(look: Observation) -
     reason = "squeue did not answer within 5 s"
     status, _ = look.look(JobReport(state=None, reason=reason, fresh=time.time()))
     assert (status.state, status.source, status.reason) == (RunState.PENDING, "submit", reason)
+
+
+def test_a_node_that_failed_is_named(look: Observation) -> None:
+    """Slurm's steps hear but SIGTERM of it, so that the head records an end from outside, and whom it could not ask."""
+    end = EndRecord(state=RunState.CANCELLED, reason="SIGTERM", exit_status=None, survivors=0, ended=time.time())
+    end.outside, end.unverified = True, ["n2"]
+    look.rundir.write_record(look.rundir.end, end)
+    word = JobReport(state=RunState.NODE_FAIL, word="NODE_FAIL", exit_status=1, fresh=time.time(), ended=time.time())
+    status, _ = look.look(word)
+    assert status.state is RunState.NODE_FAIL
+    assert status.reason == "Slurm ended the job: NODE_FAIL; n2 did not answer at the end"

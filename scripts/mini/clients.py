@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
 
 from mini.processes import TAG
 from mini.words import Cluster, Failed
@@ -12,7 +13,17 @@ from mini.words import Cluster, Failed
 def client_env(cluster: Cluster) -> dict[str, str]:
     """The caller's environment, without what a job around it or another cluster has put there."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH_", "SRUN_"))}
-    return {**kept, "SLURM_CONF": str(cluster.conf)}
+    return {**kept, "SLURM_CONF": str(cluster.conf), "PATH": search_path(cluster)}
+
+
+def search_path(cluster: Cluster) -> str:
+    """With a cluster's own commands first, where it is of another release than this machine."""
+    found = os.environ.get("PATH", "/usr/bin:/bin")
+    return f"{commands(cluster)}:{found}" if commands(cluster).is_dir() else found
+
+
+def commands(cluster: Cluster) -> Path:
+    return cluster.home / "bin"
 
 
 def daemon_env(cluster: Cluster) -> dict[str, str]:

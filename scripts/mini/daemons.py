@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from mini.clients import command, daemon_env, node_states
+from mini.inside import chrooted, furnish, separate, unbind, write_commands
+from mini.kernels import boot, furnish_kernels, lay_network, members
 from mini.privsep import need_privsep
-from mini.processes import look
-from mini.slurm_conf import cluster_name, write_files
+from mini.processes import look, mark_namespace
+from mini.slurm_conf import cluster_name, write_conf, write_files
 from mini.ssh_files import write_ssh_files
 from mini.store import save
 from mini.words import Cluster, Failed, Place, Record
@@ -26,14 +28,14 @@ class Start:
 
     def __init__(self, cluster: Cluster, record: Record) -> None:
         self.cluster, self.record, self.shape, self.place = cluster, record, record.shape, Place(record.block)
-        self.deadline = time.monotonic() + 90 + self.shape.nodes
+        self.deadline = time.monotonic() + 90 + self.shape.nodes + 120 * self.shape.rooted
         self.children: dict[str, subprocess.Popen[bytes]] = {}
 
     def daemon(self, title: str, *argv: str) -> None:
         log = self.cluster.home / "log" / f"{title}.err"
         with log.open("ab") as out:
             child = subprocess.Popen(
-                argv,
+                chrooted(self.cluster, self.shape, argv),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -41,6 +43,9 @@ class Start:
                 env=daemon_env(self.cluster),
                 start_new_session=True,
             )
+        self.adopt(title, child)
+
+    def adopt(self, title: str, child: subprocess.Popen[bytes]) -> None:
         self.children[title] = child
         if process := look(child.pid):
             self.record.daemons[title] = process
@@ -70,6 +75,14 @@ class Start:
 
     def run(self) -> None:
         write_files(self.cluster, self.shape, self.place)
+        if self.shape.rooted:
+            separate(network=self.shape.kernels)
+            mark_namespace(self.cluster)
+            furnish(self.cluster, self.shape)
+            write_commands(self.cluster, self.record)
+        if self.shape.kernels:
+            self.kernels()
+            return
         self.munged()
         if self.shape.accounting:
             self.database()
@@ -79,6 +92,17 @@ class Start:
         self.slurmds()
         if self.shape.ssh:
             self.sshds()
+
+    def kernels(self) -> None:
+        """All at once: who needs the controller waits for it."""
+        furnish_kernels(self.cluster, self.shape)
+        write_conf(self.cluster, self.shape, self.place, self.cluster.root / "etc" / "slurm")
+        unbind(self.cluster)
+        lay_network(self.cluster, self.shape)
+        titles = members(self.cluster, self.shape)
+        for title in titles:
+            self.adopt(title, boot(self.cluster, title, self.shape.gpus, []))
+        self.wait("waited for all nodes to be idle", self.all_idle, titles=titles)
 
     def munged(self) -> None:
         at = self.cluster.home / "munge"

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from mini.accounts import made_for
 from mini.clients import client_env, command
+from mini.kernels import LINUX
 from mini.privsep import leave_privsep
 from mini.processes import belongs, control_groups, end, executable, is_up, scan
 from mini.store import give_back, load, lock_of, locked
 from mini.users import remove_users, settled_users
 from mini.words import KILL_WAIT_S, Cluster, Failed, Process, Record
 
-DAEMONS = ("slurmctld", "slurmd", "munged", "mariadbd", "sshd")  # how the names of their executables begin
+DAEMONS = ("slurmctld", "slurmd", "munged", "mariadbd", "sshd", LINUX)  # how the names of their executables begin
 
 
 def down(cluster: Cluster) -> None:
@@ -31,7 +32,7 @@ def take_down(cluster: Cluster) -> bool:
     shape = record.shape if record else None
     if not cluster.home.exists() and not made_for(cluster) and not scan(cluster, shape):
         return False
-    if record and is_up(record):
+    if record and is_up(record) and not record.shape.kernels:  # a kernel takes its jobs with it
         end_jobs(cluster)
     with settled_users(shape):
         if record:
@@ -67,7 +68,8 @@ def end_daemons(cluster: Cluster, record: Record) -> None:
     stages = {"slurmdbd": 1, "mariadbd": 2, "munged": 2}
     for stage in range(3):
         chosen = [process for title, process in record.daemons.items() if stages.get(title, 0) == stage]
-        end([process for process in chosen if belongs(cluster, process.pid)], signal.SIGTERM, 3)
+        how = signal.SIGKILL if record.shape.kernels else signal.SIGTERM  # a shutdown would take its time
+        end([process for process in chosen if belongs(cluster, process.pid)], how, 3)
 
 
 def is_of_a_job(process: Process) -> bool:

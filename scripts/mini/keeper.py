@@ -19,6 +19,7 @@ from mini.words import Cluster, Failed, Record
 
 SCRIPT = Path(__file__).resolve().parent.parent / "minicluster"
 PR_SET_CHILD_SUBREAPER = 36
+PATIENCE_S = 300
 
 
 def start(cluster: Cluster, record: Record) -> None:
@@ -36,7 +37,7 @@ def start(cluster: Cluster, record: Record) -> None:
             start_new_session=True,
         )
     assert keeper.stdout
-    readable, _, _ = select.select([keeper.stdout], [], [], 200 + record.shape.nodes)
+    readable, _, _ = select.select([keeper.stdout], [], [], PATIENCE_S + record.shape.nodes)
     said = keeper.stdout.readline() if readable else b""
     keeper.stdout.close()
     keeper.returncode = 0  # it stays; nobody is to wait for its end here
@@ -55,6 +56,7 @@ def keep(cluster: Cluster) -> None:
     record = load(cluster)
     assert record
     record.keeper = look(os.getpid())
+    save(cluster, record)
     try:
         Start(cluster, record).run()
         record.version = command("sinfo", "-V", env=client_env(cluster)).split()[-1]

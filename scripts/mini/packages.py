@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mini.inside import programs
 from mini.words import Failed, Shape
 
 BASIC = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}
@@ -19,7 +20,7 @@ POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks this file whether an insta
 
 
 def need_packages(shape: Shape, may_install: bool) -> None:
-    wanted = BASIC | (ACCOUNTING if shape.accounting else {})
+    wanted = dict(programs(shape)) if shape.rooted else BASIC | (ACCOUNTING if shape.accounting else {})
     wanted |= {**SSH, shape.login_shell: shape.login_shell} if shape.ssh else {}
     missing = [command for command in wanted if not shutil.which(command)]
     packages = " ".join(sorted({wanted[command] for command in missing}))

@@ -53,7 +53,34 @@ def belongs(cluster: Cluster, pid: int) -> bool:
         return True
     if found.get("SLURM_CONF") == str(cluster.conf) and "SLURMD_NODENAME" in found:
         return True
+    if executable(pid).startswith("linux") and f"bed={cluster.home}" in command_line(pid):
+        return True  # a node's kernel, and each address space in it
     return executable(pid).startswith("sshd") and errors(pid).startswith(f"{cluster.home}/log/")
+
+
+def command_line(pid: int) -> list[str]:
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+    except OSError:
+        return []
+
+
+def mark_namespace(cluster: Cluster) -> None:
+    """Writes down that this process's mounts are those of the cluster, and of nobody else."""
+    (cluster.home / "namespace").write_text(os.readlink("/proc/self/ns/mnt"))
+
+
+def namespace_of(cluster: Cluster) -> str:
+    """Empty: a cluster in this machine's own."""
+    with contextlib.suppress(OSError):
+        return (cluster.home / "namespace").read_text()
+    return ""
+
+
+def in_namespace(pid: int, name: str) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(name) and os.readlink(f"/proc/{pid}/ns/mnt") == name
+    return False
 
 
 def errors(pid: int) -> str:
@@ -101,6 +128,7 @@ def scan(cluster: Cluster, shape: Shape | None) -> list[Process]:
     parents = {pid: parent(pid) for pid in pids}
     spared = {1, *ancestry(os.getpid(), parents)}
     members = {pid for pid in pids if belongs(cluster, pid)}
+    members |= {pid for pid in pids if in_namespace(pid, namespace_of(cluster))}
     members |= contained(control_groups(cluster, shape)) if shape else set()
     if uids := set(made_for(cluster).values()):
         members |= {pid for pid in pids if owner(pid) in uids}

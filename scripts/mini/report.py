@@ -9,8 +9,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from mini.clients import node_states
+from mini.clients import node_states, search_path
+from mini.kernels import address
 from mini.processes import is_up, living
+from mini.sites import site_environment
 from mini.ssh_files import hosts, known_hosts, ssh_config
 from mini.ssh_keys import key_paths, keys_at, secret_paths
 from mini.store import load
@@ -22,6 +24,8 @@ def headline(cluster: Cluster, record: Record) -> str:
     shape, name = record.shape, "" if cluster.name == "default" else f" --name {cluster.name}"
     things = f"{shape.nodes} node{'s' * (shape.nodes != 1)} of {shape.gpus} GPU{'s' * (shape.gpus != 1)}"
     extra = ", accounting" if shape.accounting else ""
+    extra += ", kernels of their own" if shape.kernels else ""
+    extra += f", site {shape.site}" if shape.site else ""
     script = Path(sys.argv[0]).absolute()
     with contextlib.suppress(ValueError):
         script = script.relative_to(Path.cwd())
@@ -55,17 +59,22 @@ def description(cluster: Cluster, record: Record | None, state: str, *, nodes: d
         "state": state,
         "directory": str(cluster.home),
         "conf": str(cluster.conf),
+        "shared": str(cluster.shared) if record and record.shape.kernels else None,
         "version": record.version if record else None,
         "shape": asdict(record.shape) if record else None,
         "daemons": [{"name": t, "pid": p.pid, "running": alive[t]} for t, p in daemons.items()],
         "nodes": [
-            {"name": name, "address": Place(record.block).address(i), "state": nodes.get(name, "unknown")}
+            {"name": name, "address": address_of(record, name, i), "state": nodes.get(name, "unknown")}
             for i, name in enumerate(cluster.nodes(record.shape), 1)
         ]
         if record
         else [],
         "ssh": ssh(cluster, record.shape, Place(record.block)) if record and record.shape.ssh else None,
     }
+
+
+def address_of(record: Record, name: str, index: int) -> str:
+    return address(name) if record.shape.kernels else Place(record.block).address(index)
 
 
 def ssh(cluster: Cluster, shape: Shape, place: Place) -> dict[str, object]:
@@ -94,6 +103,9 @@ def print_env(cluster: Cluster) -> None:
 def variables(cluster: Cluster, record: Record) -> dict[str, str]:
     """SLURM_CONF is Slurm's; the rest, there with --ssh, is for people and tests."""
     found = {"SLURM_CONF": str(cluster.conf)}
+    if record.shape.rooted:
+        found["PATH"] = search_path(cluster)
+    found |= site_environment(record.shape)
     if record.shape.ssh:
         place, prefix = Place(record.block), "MINICLUSTER_SSH_"
         found[f"{prefix}CONFIG"] = str(ssh_config(cluster))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from pathlib import Path
 
+from mini.kernels import LOGIN, NETWORK, address
 from mini.processes import CGROUPS
+from mini.sites import site_lines, write_site
 from mini.words import KILL_WAIT_S, Cluster, Place, Shape
 
 
@@ -15,23 +18,12 @@ def span(first: int, last: int) -> str:
 
 
 def slurm_conf(cluster: Cluster, shape: Shape, place: Place) -> str:
-    home, host, n = cluster.home, socket.gethostname().partition(".")[0], shape.nodes
-    gres = f" Gres=gpu:{shape.gpus}" if shape.gpus else ""
     lines = [
         f"ClusterName={cluster_name(cluster)}",
-        f"SlurmctldHost={host}(127.0.0.1)",
-        f"SlurmctldPort={place.slurmctld}",
+        *(kernel_lines(shape) if shape.kernels else host_lines(cluster, shape, place)),
         "SlurmUser=root",
         "SlurmdUser=root",
         "AuthType=auth/munge",
-        f"AuthInfo=socket={home}/munge/socket",
-        "CommunicationParameters=NoCtldInAddrAny",  # slurmd would listen at the host name, not at NodeAddr
-        f"StateSaveLocation={home}/state",
-        f"SlurmdSpoolDir={home}/spool/%n",
-        f"SlurmctldPidFile={home}/run/slurmctld.pid",
-        f"SlurmdPidFile={home}/run/%n.pid",
-        f"SlurmctldLogFile={home}/log/slurmctld.log",
-        f"SlurmdLogFile={home}/log/%n.log",
         "MailProg=/bin/true",
         f"ProctrackType=proctrack/{shape.proctrack}",
         "SelectType=select/cons_tres",
@@ -41,20 +33,56 @@ def slurm_conf(cluster: Cluster, shape: Shape, place: Place) -> str:
         "ReturnToService=2",
         f"KillWait={KILL_WAIT_S}",
         f"MinJobAge={shape.min_job_age}",
-        "SlurmdTimeout=60",
         "MessageTimeout=30",  # many nodes share few cores here
         "PreemptType=preempt/partition_prio",
         "PreemptMode=CANCEL",
         *(["TaskPlugin=task/cgroup,task/affinity"] if shape.proctrack == "cgroup" else []),
         *(["GresTypes=gpu"] if shape.gpus else []),
         *(accounting_lines(cluster, place) if shape.accounting else []),
-        f"NodeName={cluster.prefix}{span(1, n)} NodeHostname={host} NodeAddr=127.0.{place.block}.{span(1, n)}"
-        f" Port={span(place.slurmd(1), place.slurmd(n))} CPUs={shape.cpus} RealMemory=512000{gres}",
         "PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=2",
         "PartitionName=spare Nodes=ALL MaxTime=INFINITE PriorityTier=1",  # jobs of `gpu` preempt those here
     ]
-    own = {key_of(line) for line in shape.settings}
-    return "\n".join([*shape.settings, *(line for line in lines if key_of(line) not in own)]) + "\n"
+    chosen = [*shape.settings, *site_lines(cluster, shape)]
+    own = {key_of(line) for line in chosen}
+    return "\n".join([*chosen, *(line for line in lines if key_of(line) not in own)]) + "\n"
+
+
+def host_lines(cluster: Cluster, shape: Shape, place: Place) -> list[str]:
+    """All nodes on this host, told apart by ports and names."""
+    home, host, n = cluster.home, socket.gethostname().partition(".")[0], shape.nodes
+    return [
+        f"SlurmctldHost={host}(127.0.0.1)",
+        f"SlurmctldPort={place.slurmctld}",
+        f"AuthInfo=socket={home}/munge/socket",
+        "CommunicationParameters=NoCtldInAddrAny",  # slurmd would listen at the host name, not at NodeAddr
+        f"StateSaveLocation={home}/state",
+        f"SlurmdSpoolDir={home}/spool/%n",
+        f"SlurmctldPidFile={home}/run/slurmctld.pid",
+        f"SlurmdPidFile={home}/run/%n.pid",
+        f"SlurmctldLogFile={home}/log/slurmctld.log",
+        f"SlurmdLogFile={home}/log/%n.log",
+        "SlurmdTimeout=60",
+        f"NodeName={cluster.prefix}{span(1, n)} NodeHostname={host} NodeAddr=127.0.{place.block}.{span(1, n)}"
+        f" Port={span(place.slurmd(1), place.slurmd(n))} {resources(shape)}",
+    ]
+
+
+def kernel_lines(shape: Shape) -> list[str]:
+    """Each node a host of its own, with the places that Debian's packages have."""
+    return [
+        f"SlurmctldHost={LOGIN}({address(LOGIN)})",
+        "StateSaveLocation=/var/lib/slurm",
+        "SlurmdSpoolDir=/var/spool/slurmd",
+        "SlurmctldPidFile=/run/slurmctld.pid",
+        "SlurmdPidFile=/run/slurmd.pid",
+        "SlurmdTimeout=30",  # until a node without power is told; a busy machine leaves one without a word for less
+        f"NodeName=n{span(1, shape.nodes)} NodeAddr={NETWORK}{span(1, shape.nodes)} {resources(shape)}",
+    ]
+
+
+def resources(shape: Shape) -> str:
+    gres = f" Gres=gpu:{shape.gpus}" if shape.gpus else ""
+    return f"CPUs={shape.cpus} RealMemory=512000{gres}"
 
 
 def key_of(line: str) -> str:
@@ -94,8 +122,8 @@ def slurmdbd_conf(cluster: Cluster, place: Place) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cgroup_conf() -> str:
-    if (CGROUPS / "cgroup.controllers").exists():
+def cgroup_conf(shape: Shape) -> str:
+    if shape.kernels or (CGROUPS / "cgroup.controllers").exists():
         kind = ["CgroupPlugin=cgroup/v2", "IgnoreSystemd=yes"]
     else:
         kind = ["CgroupPlugin=cgroup/v1", f"CgroupMountpoint={CGROUPS}"]
@@ -108,13 +136,25 @@ def write_files(cluster: Cluster, shape: Shape, place: Place) -> None:
         (home / part).mkdir(mode=0o755)
     (home / "munge" / "key").write_bytes(os.urandom(128))
     (home / "munge" / "key").chmod(0o400)
-    cluster.conf.write_text(slurm_conf(cluster, shape, place))
-    (home / "cgroup.conf").write_text(cgroup_conf())
+    if shape.kernels:
+        return  # theirs come when their root is there
+    write_conf(cluster, shape, place, home)
     if shape.gpus:
         make_gpus(cluster, shape)
     if shape.accounting:
         (home / "slurmdbd.conf").touch(mode=0o600)
         (home / "slurmdbd.conf").write_text(slurmdbd_conf(cluster, place))
+
+
+def write_conf(cluster: Cluster, shape: Shape, place: Place, at: Path) -> None:
+    """slurm.conf and what lies beside it, in this directory."""
+    (at / "slurm.conf").write_text(slurm_conf(cluster, shape, place))
+    (at / "cgroup.conf").write_text(cgroup_conf(shape))
+    write_site(shape, at)
+    if shape.gpus:
+        files = f"{'/dev' if shape.kernels else cluster.home / 'gpus'}/gpu{span(0, shape.gpus - 1)}"
+        names = f"{cluster.nodes(shape)[0][:-1]}{span(1, shape.nodes)}"
+        (at / "gres.conf").write_text(f"NodeName={names} Name=gpu File={files}\n")
 
 
 def make_gpus(cluster: Cluster, shape: Shape) -> None:
@@ -125,5 +165,3 @@ def make_gpus(cluster: Cluster, shape: Shape) -> None:
             os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         except PermissionError:  # a container without the right to make devices
             device.symlink_to("/dev/null")
-    names, files = cluster.prefix + span(1, shape.nodes), f"{cluster.home}/gpus/gpu{span(0, shape.gpus - 1)}"
-    (cluster.home / "gres.conf").write_text(f"NodeName={names} Name=gpu File={files}\n")

@@ -6,17 +6,25 @@ import sys
 from pathlib import Path
 
 from mini.down import take_down
+from mini.inside import need_namespaces
 from mini.keeper import start
 from mini.packages import need_packages
 from mini.processes import is_up
+from mini.releases import RELEASES
 from mini.report import headline
+from mini.roots import root_of
+from mini.sites import need_site
 from mini.store import claim, load, lock_of, locked
 from mini.users import need_a_way_in
 from mini.words import Cluster, Failed, Record, Shape
 
 
 def up(cluster: Cluster, shape: Shape, may_install: bool) -> None:
+    need_site(cluster, shape)
     need_packages(shape, may_install)
+    need_namespaces(shape)
+    if shape.rooted:
+        root_of(RELEASES[shape.slurm])
     with locked(lock_of(cluster)):
         record = load(cluster)
         if record and is_up(record):

@@ -32,6 +32,14 @@ class Shape:
     ssh: bool = False
     sshd_options: tuple[str, ...] = ()
     login_shell: str = "bash"
+    slurm: str = ""  # a release that is not this machine's own, 24.11
+    kernels: bool = False
+    site: str = ""
+
+    @property
+    def rooted(self) -> bool:
+        """It lives in a root of its own, and Slurm's commands with it."""
+        return bool(self.slurm)
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,23 @@ class Cluster:
         return self.home / "slurm.conf"
 
     @property
+    def root(self) -> Path:
+        """The root of another release, as the cluster's own processes see it."""
+        return self.home / "root"
+
+    @property
+    def shared(self) -> Path:
+        """What kernels of their own have in common, /shared there."""
+        return self.home / "shared"
+
+    @property
     def prefix(self) -> str:
         """Node names differ between clusters: Slurm names its control groups by node and job only."""
         return "n" if self.name == "default" else f"{self.name}-n"
 
     def nodes(self, shape: Shape) -> list[str]:
-        return [f"{self.prefix}{i}" for i in range(1, shape.nodes + 1)]
+        prefix = "n" if shape.kernels else self.prefix
+        return [f"{prefix}{i}" for i in range(1, shape.nodes + 1)]
 
 
 @dataclass(frozen=True)
