@@ -133,7 +133,7 @@ def test_a_failure_that_was_mended_is_told_apart(tmp_path: Path) -> None:
     )
     argv = [sys.executable, str(SCRIPT), "--table", str(page), "--from", str(kept)]
     assert subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False).returncode == 1
-    did_not, _, mended = page.read_text().partition("## What held when it was mended")
+    did_not, _, mended = page.read_text().partition("## What held only when it was tried again")
     assert "- local, seed 2, agent-kill: odd" in did_not
     assert "- local, seed 1, agent-kill: 1 processes left (commit abc)" in mended
     assert "| agent-kill | local | - | 2 | 0 | 0 | 0 | - | - |" in did_not

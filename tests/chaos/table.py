@@ -214,7 +214,7 @@ def page(batches: Sequence[Batch], at_first: Sequence[str] = ()) -> str:
         limits,
         "## What did not hold\n",
         *(_failures(batches) or ["Nothing: every trial passed every check."]),
-        *(["\n## What held when it was mended\n", AT_FIRST, *at_first] if at_first else []),
+        *(["\n## What held only when it was tried again\n", AT_FIRST, *at_first] if at_first else []),
         "\n## The faults\n",
         *about,
         "\n## How this was made\n",
