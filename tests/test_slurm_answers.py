@@ -74,4 +74,6 @@ def test_doctor_reads_the_configuration(answers: dict[str, Any]) -> None:
     assert found["process tracking"].detail == "proctrack/linuxproc"
     assert found["grace"].detail == "KillWait is 5 s"
     assert found["slurm"].ok
-    assert not {"rate limit", "private data", "private /tmp", "gpus", "mpi", "ports"} & set(found)
+    assert ("rate limit" in found) == ("rl_enable" in answers["config"])
+    assert ("private data" in found) == ("PrivateData             = none" not in answers["config"])
+    assert not {"private /tmp", "gpus", "mpi", "ports"} & set(found)
