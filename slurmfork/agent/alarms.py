@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 from slurmfork import prctl, process
 
@@ -19,6 +20,9 @@ PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 HOLDER_GONE = (
     "what had started this node's guardian is gone (slurmstepd, the launcher, or on Ray the actor or the raylet)"
 )
+
+_PF_EXITING = 0x4  # linux/sched.h
+_SIGKILL_BIT = 1 << (signal.SIGKILL - 1)
 
 Told = Callable[[str, int, bool], None]  # why to end, the exit status, and whether what the agent needs is gone
 
@@ -32,7 +36,7 @@ def listen(guardian_pid: int, told: Told, *, pass_on: Callable[[int], None], rea
     holder = process.parent(guardian_pid)
 
     def ends(number: signal.Signals) -> None:
-        if process.parent(guardian_pid) not in (0, holder):
+        if process.parent(guardian_pid) not in (0, holder) or _dying(holder):
             told(HOLDER_GONE, 128 + number, True)
         else:
             told(f"{number.name} (scancel, a time limit, or somebody's kill)", 128 + number, False)
@@ -45,6 +49,18 @@ def listen(guardian_pid: int, told: Told, *, pass_on: Callable[[int], None], rea
         loop.add_signal_handler(number, ends, number)
     for number in PASSED_ON:
         loop.add_signal_handler(number, pass_on, number)
+
+
+def _dying(pid: int) -> bool:
+    """Whether a process has been killed. Its threads end one by one, and of the first its children hear already."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines()
+        flags = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[6])
+    except (OSError, IndexError, ValueError):
+        return not Path(f"/proc/{pid}").exists()
+    facts = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    pending = int(facts.get("SigPnd", "0"), 16) | int(facts.get("ShdPnd", "0"), 16)
+    return bool(flags & _PF_EXITING or pending & _SIGKILL_BIT) or facts.get("State", "").startswith(("Z", "X"))
 
 
 def watch_guardian(guardian_pid: int, told: Told) -> None:
