@@ -42,6 +42,8 @@ FORK: dict[str, Step] = {
     "it is done": lambda trial: trial.background[-1].poll() is not None,
 }
 
+NO_PROCESS = ("it was asked for", "it is done")
+
 RESTART: dict[str, Step] = {
     "the worker is dead": lambda trial: True,
     "its end is journaled": lambda trial: _journaled(trial, "ended", "again"),
@@ -88,7 +90,9 @@ def cancel_fork(trial: Trial) -> None:
     trial.submit()
     trial.await_ready()
     trial.fork_in_background()
-    _reach(trial, FORK)
+    strategy = trial.draft.roles[specs.FORKED].get("strategy", {})
+    in_process = strategy.get("fork") is False  # then there is neither a process nor a journal's line of one
+    _reach(trial, {name: step for name, step in FORK.items() if not in_process or name in NO_PROCESS})
 
 
 def _with_again(trial: Trial) -> None:
