@@ -68,7 +68,7 @@ def _cell(found: dict[tuple[str, str, bool, str, str], Cell], place: Place, name
         return "-"
     cell = found.get((place.release, place.tracker, place.kernels, place.site, name))
     if cell is None:
-        return f"[{notes.number('Not run yet.')}]"
+        return f"[{notes.number(x)}]"
     if cell.verdict == "ok":
         return f"ok {cell.seconds:.0f}"
     word = "failed " if cell.verdict == "failed" else ""
