@@ -33,7 +33,9 @@ def measure(bench: Any) -> None:
         laptop.bootstrap()
         run_id = json.loads(laptop.call("submit", "--json", str(laptop.spec)))["run_id"]
         laptop.call("wait", run_id)
-        copies(home / ".slurmfork" / "runs" / run_id, user)
+        run = home / ".slurmfork" / "runs" / run_id
+        await_file(run / "batch.status")  # the last that is written there
+        copies(run, user)
         ours, theirs = [], []
         for _ in range(TURNS):
             theirs.append(took(["ssh", "-F", ssh["config"], "login", "squeue"]))
@@ -75,6 +77,14 @@ class Laptop:
     def call(self, verb: str, *arguments: str) -> str:
         done = subprocess.run(self.words(verb, *arguments), env=self.env, check=True, capture_output=True, text=True)
         return done.stdout
+
+
+def await_file(path: Path, limit_s: float = 60) -> None:
+    deadline = time.monotonic() + limit_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            sys.exit(f"bench: {path} is not there after {limit_s:g} s")
+        time.sleep(0.01)
 
 
 def copies(of: Path, user: str) -> None:

@@ -79,7 +79,7 @@ def namespace_of(cluster: Cluster) -> str:
 
 def in_namespace(pid: int, name: str) -> bool:
     with contextlib.suppress(OSError):
-        return bool(name) and os.readlink(f"/proc/{pid}/ns/mnt") == name
+        return os.readlink(f"/proc/{pid}/ns/mnt") == name
     return False
 
 
@@ -128,7 +128,8 @@ def scan(cluster: Cluster, shape: Shape | None) -> list[Process]:
     parents = {pid: parent(pid) for pid in pids}
     spared = {1, *ancestry(os.getpid(), parents)}
     members = {pid for pid in pids if belongs(cluster, pid)}
-    members |= {pid for pid in pids if in_namespace(pid, namespace_of(cluster))}
+    if namespace := namespace_of(cluster):
+        members |= {pid for pid in pids if in_namespace(pid, namespace)}
     members |= contained(control_groups(cluster, shape)) if shape else set()
     if uids := set(made_for(cluster).values()):
         members |= {pid for pid in pids if owner(pid) in uids}

@@ -26,6 +26,9 @@ seconds that it took, on a machine of two CPUs that had much else to do. A numbe
 """
 
 
+NOT_RUN = "Not run yet: the machine had no more time for it."
+
+
 class Notes:
     """Reasons, each told once and numbered."""
 
@@ -68,7 +71,7 @@ def _cell(found: dict[tuple[str, str, bool, str, str], Cell], place: Place, name
         return "-"
     cell = found.get((place.release, place.tracker, place.kernels, place.site, name))
     if cell is None:
-        return f"[{notes.number('Not run yet.')}]"
+        return f"[{notes.number(NOT_RUN)}]"
     if cell.verdict == "ok":
         return f"ok {cell.seconds:.0f}"
     word = "failed " if cell.verdict == "failed" else ""
