@@ -319,7 +319,8 @@ class Supervisor:
             return await worker.stop(worker.order.stop.grace, self._bound)  # a stop with a longer one may be under way
         margin = min(END_MARGIN_S, rest / 3)
         grace = max(0.0, min(worker.order.stop.grace, rest - margin))
-        return await worker.stop(grace, min(self._bound, max(0.5, margin)))
+        # A busy machine takes a while to take apart what was killed: no survivor, where there is time to wait.
+        return await worker.stop(grace, min(self._bound, max(0.5, margin, rest - grace - END_MARGIN_S)))
 
     async def _sweep(self) -> list[str]:
         """End what is nobody's: orphans without a tag below us, and what carries our tag elsewhere."""
