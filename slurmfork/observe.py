@@ -115,6 +115,8 @@ class Observation:
         view = self._ask_head() if self.end is None else None
         if view is not None:
             self._take_view(status, view, "head")
+            if status.over and (end := self._read(self.rundir.end, EndRecord)) is not None:  # it comes about now
+                self._take_end(status, end, report)
             return status, view.workers
         if self.end is None and not self.damage and self._is_over(report):  # since the first look, perhaps
             self.end, self.head = self._read(self.rundir.end, EndRecord), self._read(self.rundir.head, HeadRecord)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from slurmfork.engine.role import Role
     from slurmfork.probe import Probe
 
+SETTLE_S = 15.0  # heads linger for 10 at their end
 POLL = 0.05  # seconds between looks at a file that another node will write
 SCHEDULER_POLL = 2.0  # seconds between asking the backend, which asks Slurm still more seldom
 QUICK = 5.0  # seconds for the scheduler's word where somebody sits and waits for an answer
@@ -159,8 +160,19 @@ class Run:
         deadline = None if timeout is None else time.monotonic() + timeout
         for status in self.progress(deadline):
             if status.over or (for_ == "ready" and status.state is RunState.READY):
-                return status
+                return self.settled(status)
         raise TimeoutError(f"run {self.run_id} is not {for_} after {timeout:g} s")
+
+    def settled(self, status: RunStatus) -> RunStatus:
+        """That status; of a run that its head calls over the one with the end record, which comes a moment later.
+
+        Where it cannot be written, what is known when the head has left.
+        """
+        deadline = time.monotonic() + SETTLE_S
+        while status.over and status.source == "head" and time.monotonic() < deadline:
+            time.sleep(POLL)
+            status = self.status()
+        return status
 
     def progress(self, deadline: float | None = None) -> Iterator[RunStatus]:
         """The run's status whenever it changed (by the head's events) or may have (by the scheduler).

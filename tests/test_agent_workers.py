@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from agent_rig import Rig, opened, order, python
+from processes import wait_until
 
 from slurmfork import journal, process
 from slurmfork.errors import Refused
@@ -70,7 +71,8 @@ async def test_a_worker_runs_as_itself_in_a_session_of_its_own(rig: Rig) -> None
     assert found["SLURMFORK_PORTS"] == ",".join(map(str, view.ports))
     assert os.readlink(f"/proc/{view.pid}/fd/0") == "/dev/null"
     assert os.readlink(f"/proc/{view.pid}/fd/1") == os.readlink(f"/proc/{view.pid}/fd/2") == view.log
-    assert sorted(os.listdir(f"/proc/{view.pid}/fd")) == ["0", "1", "2"]
+    listing = f"/proc/{view.pid}/fd"  # for a moment the loader's files are among them
+    wait_until(lambda: sorted(os.listdir(listing)) == ["0", "1", "2"], "no other descriptor")
 
 
 async def test_output_goes_to_a_private_log_and_placeholders_are_filled(rig: Rig) -> None:

@@ -59,7 +59,8 @@ SPEC = """
       only: {{gpus: 1, command: [sh, -c, 'env -0 >"$SLURMFORK_RUN_DIR/worker.env"']}}
 """
 
-OF_THIS_JOB = re.compile(r"SLURM_(JOB_?ID|JOB_(START|END)_TIME|TASK_PID)|MASTER_PORT|SLURM_TOPOLOGY_ADDR")
+# A shell on a terminal keeps its size in COLUMNS and LINES.
+OF_THIS_JOB = re.compile(r"COLUMNS|LINES|SLURM_(JOB_?ID|JOB_(START|END)_TIME|TASK_PID)|MASTER_PORT|SLURM_TOPOLOGY_ADDR")
 
 
 @pytest.fixture
