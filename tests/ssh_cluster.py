@@ -6,13 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 from cluster import MiniCluster, options, outside_of_slurm
+from processes import wait_until
 
 
 class SshCluster(MiniCluster):
@@ -121,13 +121,6 @@ def asked(directory: Path, answer: str) -> Iterator[dict[str, str]]:
         yield {"SSH_ASKPASS": str(program), "SSH_ASKPASS_REQUIRE": "force", "SLURMFORK_TEST_ANSWER": answer}
     finally:
         program.unlink()
-
-
-def wait_until(done: Callable[[], object], what: str, limit_s: float = 60) -> None:
-    deadline = time.monotonic() + limit_s
-    while not done():
-        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
-        time.sleep(0.02)
 
 
 class SshFactory(Protocol):

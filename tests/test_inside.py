@@ -25,6 +25,7 @@ from agent_rig import PATIENCE, Rig, opened, order, python
 from cluster import Factory
 from kept import KEPT, kept_python
 from namespaced import ROOT, again, as_nobody, common, isolated, may_make_namespaces, space_of
+from processes import wait_until
 from running import Shell
 
 from slurmfork.messages import WorkerView
@@ -287,6 +288,8 @@ def test_srun_from_within(minicluster: Factory, user: str) -> None:
         assert (int(uid), job) == (0 if user == "root" else 65534, shell.status(run_id)["job_id"])
         assert there == space_of(os.getpid()) != here
         shell.end()
+        # The batch script still has its last words to write, after the run's end record.
+        wait_until(lambda: not cluster.run(["squeue", "-h"]).stdout.split(), "the job to leave the queue")
 
 
 def python_of_anybody(directory: Path) -> Path:

@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cluster import SCRIPT, UNAVAILABLE, Factory, MiniCluster, minicluster, outside_of_slurm
+from processes import wait_until
 
 __all__ = ["minicluster"]
 
@@ -30,13 +30,6 @@ def fresh() -> Iterator[Callable[[], MiniCluster]]:
     yield get
     for cluster in made:
         cluster.down()
-
-
-def wait_until(done: Callable[[], object], what: str, limit_s: float = 30) -> None:
-    deadline = time.monotonic() + limit_s
-    while not done():
-        assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
-        time.sleep(0.05)
 
 
 def remains(home: Path) -> list[str]:

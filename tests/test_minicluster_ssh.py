@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from cluster import SCRIPT, UNAVAILABLE, outside_of_slurm
-from ssh_cluster import SshCluster, SshFactory, wait_until
+from processes import wait_until
+from ssh_cluster import SshCluster, SshFactory
 
 pytestmark = pytest.mark.slurm
 
