@@ -24,6 +24,7 @@ def throughputs(path: Path, rates: dict[str, list[float]]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     matplotlib.rcParams["svg.hashsalt"] = "slurmfork"  # the same figures make the same file
     from matplotlib import pyplot
 

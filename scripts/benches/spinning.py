@@ -1,16 +1,18 @@
 """What two busy threads, and two busy processes, get done on this machine without slurmfork; and with it.
 
-``python spinning.py THREADS`` spins CALLS times in each of its threads for each line that it reads, and prints a line.
+``python spinning.py THREADS`` spins for SECONDS in each of its threads for each line that it reads, and prints a line
+with what each did. A window is a length of time and not an amount of work: what one of two has left to do when the
+other is through would count against both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 if __name__ == "__main__":  # beside this file, as engines find it in their working directory
@@ -18,23 +20,16 @@ if __name__ == "__main__":  # beside this file, as engines find it in their work
 else:
     from benches.work import Work
 
-SPIN, CALLS, WINDOWS = 2_000_000, 4, 9
+SECONDS, WINDOWS = 0.4, 8
+Spin = tuple[int, float, float]  # rounds, began, ended
 
 
 def main(threads: int) -> None:
     work = Work()
-
-    def spin() -> None:
-        for _ in range(CALLS):
-            work.spin(SPIN)
-
-    for _ in sys.stdin:
-        those = [threading.Thread(target=spin) for _ in range(threads)]
-        for one in those:
-            one.start()
-        for one in those:
-            one.join()
-        print(flush=True)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in sys.stdin:
+            those = [pool.submit(work.spin, SECONDS) for _ in range(threads)]
+            print(json.dumps([one.result() for one in those]), flush=True)
 
 
 class Bare:
@@ -48,25 +43,26 @@ class Bare:
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
 
-    def await_end(self) -> None:
+    def spins(self) -> list[Spin]:
         assert self._process.stdout is not None
-        if not self._process.stdout.readline():
+        line = self._process.stdout.readline()
+        if not line:
             sys.exit("bench: a bare process has ended")
+        return [tuple(one) for one in json.loads(line)]
 
     def end(self) -> None:
         self._process.communicate("")
 
 
 @contextlib.contextmanager
-def bare() -> Iterator[dict[str, Callable[[], None]]]:
+def bare() -> Iterator[dict[str, Callable[[], list[Spin]]]]:
     """By name, what keeps two threads busy, and two processes."""
     alone, other, both = those = [Bare(1), Bare(1), Bare(2)]
 
-    def window(*busy: Bare) -> None:
+    def window(*busy: Bare) -> list[Spin]:
         for one in busy:
             one.begin()
-        for one in busy:
-            one.await_end()
+        return [spin for one in busy for spin in one.spins()]
 
     try:
         yield {"bare processes": lambda: window(alone, other), "bare threads": lambda: window(both)}
@@ -75,25 +71,24 @@ def bare() -> Iterator[dict[str, Callable[[], None]]]:
             one.end()
 
 
-def roles(run: Any) -> Callable[[], None]:
+def roles(run: Any) -> Callable[[], list[Spin]]:
     """What keeps both roles of a run busy."""
     workers = [run.role(name).worker(0) for name in ("rollout", "eval")]
 
-    def window() -> None:
-        for future in [worker.submit("spin", SPIN) for worker in workers for _ in range(CALLS)]:
-            future.result()
+    def window() -> list[Spin]:
+        return [future.result() for future in [worker.submit("spin", SECONDS) for worker in workers]]
 
     return window
 
 
-def throughputs(kinds: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Rounds a second (in all) of each kind, in windows that take turns; the first of each is not counted."""
+def throughputs(kinds: dict[str, Callable[[], list[Spin]]]) -> dict[str, list[float]]:
+    """Rounds a second (of both together) of each kind, in windows that take turns; the first of each is not counted."""
     found: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(WINDOWS + 1):
         for name, window in kinds.items():
-            began = time.perf_counter()
-            window()
-            found[name].append(2 * CALLS * SPIN / (time.perf_counter() - began))
+            spins = window()
+            took = max(ended for _, _, ended in spins) - min(began for _, began, _ in spins)
+            found[name].append(sum(rounds for rounds, _, _ in spins) / took)
     return {name: rates[1:] for name, rates in found.items()}
 
 
