@@ -72,6 +72,8 @@ def short_cut(bed: Bed, mark: int) -> None:
     bed.deed("n2", "cut")
     time.sleep(10)  # the scenario itself
     bed.deed("n2", "join")
+    took = bed.until(lambda: not told(bed, run_id, "n2"), "the agent of n2 to answer again")
+    bed.measured.append(f"the agent answered {took:.0f} s after its node was back")
     assert len(forked(bed, run_id, "second", "first")) == 2
     state_of(bed, run_id, "ready")
     cancelled(bed, run_id)
