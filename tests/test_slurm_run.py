@@ -269,6 +269,27 @@ def test_one_node_of_several_that_does_not_see_the_run_directory(
     assert status["reason"].startswith(f"node {blind} cannot take part: it does not see the run directory"), status
 
 
+NO_STEP = """
+{% extends "sbatch.sh.j2" %}
+{% block launcher %}
+{{ super() }}
+slurmfork_launcher=("${slurmfork_srun[@]}" --nodelist=nowhere true)
+{% endblock %}
+"""
+
+
+def test_what_srun_says_of_a_step_that_it_cannot_make_is_the_reason(shell: Shell, tmp_path: Path) -> None:
+    template = tmp_path / "no-step.sh.j2"
+    template.write_text(NO_STEP)
+    run_id = shell.submit(shell.spec(small("[sleep, '1000']")), "--template", str(template))
+    assert shell.call("wait", run_id).returncode == 1
+    status = shell.status(run_id)
+    assert (status["state"], status["survivors"]) == ("failed", 0), status
+    begin = "the agents' launcher (srun) ended with 1: "
+    assert status["reason"].startswith(begin), status
+    assert "Unable to create step" in status["reason"], status
+
+
 def test_states_without_squeue(shell: Shell, cluster: MiniCluster) -> None:
     """A finished run is told rightly when Slurm has forgotten the job, accounting or not."""
     run_id = shell.submit(shell.spec(small("[sh, -c, 'exit 0']")))

@@ -20,6 +20,7 @@ _ENDED = re.compile(
     r"srun: error: (\S+): tasks? \S+: (Exited with exit code \d+|Terminated|Killed|Aborted|.*core dump.*)"
     r"|slurmfork: the agent of (\S+) (ended with \d+)"
 )
+_TROUBLE = re.compile(r"srun: error: (?!\S+: tasks? )(.+)")
 
 
 class BatchLog:
@@ -31,7 +32,7 @@ class BatchLog:
         self._looking = asyncio.Lock()
         self._refused: dict[str, str] = {}
         self._ended: dict[str, str] = {}
-        self._none = ""
+        self._none = self._trouble = ""
         with contextlib.suppress(OSError):
             self._offset = rundir.batch_log.stat().st_size
 
@@ -54,6 +55,11 @@ class BatchLog:
         await self._look()
         return self._none
 
+    async def trouble(self) -> str:
+        """The last that srun complained of, but for how tasks ended."""
+        await self._look()
+        return self._trouble
+
     async def end_of(self, node: str) -> None:
         """Wait for the launcher's word that a node's guardian has ended, and so its agent."""
         await self._look()
@@ -74,6 +80,8 @@ class BatchLog:
                         self._none = said[1]
                     elif said := _ENDED.fullmatch(line):
                         self._ended[said[1] or said[3]] = said[2] or said[4]
+                    elif said := _TROUBLE.fullmatch(line):
+                        self._trouble = said[1][:300]
 
     def _read(self, offset: int) -> bytes:
         """Whole lines from there on."""

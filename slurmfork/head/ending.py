@@ -156,11 +156,15 @@ class Ending:
             self.decide(Verdict(RunState.FAILED, reason, 1, budget, outside=True, lost=node))
 
     def launcher_ended(self, log_tail: str) -> None:
-        """The launcher is gone while the run was not over: no agent is left, or none ever came."""
+        """The launcher is gone while the run was not over: no agent is left, or none ever came.
+
+        On Slurm that may be a node's failure, which Slurm tells of the job, and may have it queued again for.
+        """
         status = self._launcher.status
         told = f" with {status}" if status is not None else ""
         reason = f"the agents' launcher ({Path(self._launcher.argv[0]).name}) ended{told}"
-        self.decide(Verdict(RunState.FAILED, f"{reason}: {log_tail}" if log_tail else reason, status or 1))
+        reason = f"{reason}: {log_tail}" if log_tail else reason
+        self.decide(Verdict(RunState.FAILED, reason, status or 1, outside=True))
 
     # --- carrying it out
 

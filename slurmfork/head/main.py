@@ -243,7 +243,8 @@ class Head:
         await asyncio.shield(self._launcher.ended)
         if refusal := await self._batch_log.refusal():
             self._fail(refusal)
-        self._ending.launcher_ended(_last_words(self._rundir, joined=self._members.complete.is_set()))
+        words = _last_words(self._rundir, joined=self._members.complete.is_set())
+        self._ending.launcher_ended(words or await self._batch_log.trouble())
 
     # --- what agents and clients say
 

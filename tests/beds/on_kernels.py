@@ -101,12 +101,25 @@ def freeze(bed: Bed, mark: int) -> None:
     gone(bed, mark)
 
 
-@scenario("clock", "a node's clock is an hour ahead", kernels=True)
+@scenario("clock", "a node's clock is four minutes ahead, which munge bears: the run starts, and says so", kernels=True)
 def clock(bed: Bed, mark: int) -> None:
-    bed.deed("n2", "clock", "3600")
+    bed.deed("n2", "clock", "240")
     run_id = bed.ready(spec(mark))
+    notes = {one["node"]: " ".join(one["notes"]) for one in bed.status(run_id)["nodes"]}
+    assert "ahead of the head's" in notes["n2"], notes
+    assert "clock" not in notes["n1"], notes
     assert len(forked(bed, run_id, "second", "first")) == 2
     cancelled(bed, run_id)
+
+
+@scenario("clock-hour", "a node's clock is an hour ahead, so that Slurm has no word of it: the run ends", kernels=True)
+def clock_hour(bed: Bed, mark: int) -> None:
+    bed.deed("n2", "clock", "3600")
+    run_id = bed.submit(spec(mark))
+    assert bed.ended(run_id).returncode not in (0, 124)
+    state_of(bed, run_id, *LOST)
+    bed.measured.append(bed.status(run_id)["reason"])
+    gone(bed, mark)
 
 
 @scenario("clock-jump", "a node's clock goes on by an hour while the run is up", kernels=True)
@@ -171,6 +184,8 @@ def mend(bed: Bed) -> None:
         bed.deed(node, "join")
     for node in ["login", *bed.nodes]:
         bed.until(partial(_right, bed, node), f"{node} to answer")
+        if node != "login":
+            bed.on(node, "pkill -HUP -x slurmd", check=False)  # registers, which a node given up does seldom by itself
     # Slurm itself takes minutes until it has given up on a step of which a node is lost.
     bed.until(lambda: set(_states(bed)) == {"idle"}, "all nodes to be idle", 2 * PATIENCE_S)
 
