@@ -118,9 +118,10 @@ class Observation:
             if status.over and (end := self._read(self.rundir.end, EndRecord)) is not None:  # it comes about now
                 self._take_end(status, end, report)
             return status, view.workers
-        if self.end is None and not self.damage and self._is_over(report):  # since the first look, perhaps
-            self.end, self.head = self._read(self.rundir.end, EndRecord), self._read(self.rundir.head, HeadRecord)
         view = self._saved()
+        if self.end is None and not self.damage and self._is_over(view, report):  # since the first look, perhaps
+            self.end, self.head = self._read(self.rundir.end, EndRecord), self._read(self.rundir.head, HeadRecord)
+            view = self._saved()
         if self.end is not None:
             self._take_view(status, view, "end")
             self._take_end(status, self.end, report)
@@ -140,8 +141,11 @@ class Observation:
             return client.status(timeout=HEAD_TIMEOUT)
         return None
 
-    def _is_over(self, report: JobReport | None) -> bool:
-        return (report is not None and report.state in ENDED_STATES) or self.rundir.batch_status.exists()
+    def _is_over(self, view: StatusView | None, report: JobReport | None) -> bool:
+        """Whether anybody says so."""
+        if any(one is not None and one.state in ENDED_STATES for one in (view, report)):
+            return True
+        return self.rundir.batch_status.exists()
 
     def _saved(self) -> StatusView | None:
         with contextlib.suppress(RunDirError):

@@ -170,7 +170,7 @@ class Run:
         Where it cannot be written, what is known when the head has left.
         """
         deadline = time.monotonic() + SETTLE_S
-        while status.over and status.source == "head" and time.monotonic() < deadline:
+        while status.over and status.source in ("head", "saved") and time.monotonic() < deadline:
             time.sleep(POLL)
             status = self.status()
         while status.source == "end" and not status.over:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slurmfork.backends.base import JobReport
+from slurmfork.messages import StatusView
 from slurmfork.names import RunState
 from slurmfork.observe import LATE_WORD, Observation
 from slurmfork.rundir import EndRecord, RunDir, RunRecord
@@ -43,6 +44,17 @@ def test_an_end_that_was_recorded_since_the_first_look_counts(look: Observation)
     look.rundir.write_record(look.rundir.end, end)
     status, _ = look.look(completed(1.0))
     assert (status.state, status.source, status.reason) == (RunState.COMPLETED, "end", "all done")
+
+
+def test_a_head_that_left_between_two_looks_has_recorded_its_end(look: Observation) -> None:
+    """What it saved last says that the run is over; the end record says what more there is to know."""
+    ended = time.time()
+    look.rundir.write_record(look.rundir.status, StatusView(run_id="demo-abc234", state=RunState.CANCELLED))
+    end = EndRecord(state=RunState.CANCELLED, reason="SIGTERM", exit_status=None, survivors=0, ended=ended)
+    end.outside = True
+    look.rundir.write_record(look.rundir.end, end)
+    status, _ = look.look(JobReport(state=RunState.STOPPING, word="COMPLETING", fresh=ended))
+    assert (status.state, status.source) == (RunState.STOPPING, "end")
 
 
 def test_without_a_word_of_the_scheduler_nothing_is_claimed(look: Observation) -> None:

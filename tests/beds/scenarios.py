@@ -33,9 +33,11 @@ def scenario(name: str, about: str, *, kernels: bool = False) -> Callable[[Act],
     return put
 
 
-def state_of(bed: Bed, run_id: str, *wanted: str) -> None:
+def state_of(bed: Bed, run_id: str, *wanted: str, said: str = "") -> None:
+    """``said``: by the command before, of a state that was to be this one already."""
     status = bed.status(run_id)
-    assert status["state"] in wanted, f"{status['state']}, not {' or '.join(wanted)}: {status['reason']}"
+    found = f"{status['state']} ({status['scheduler']}), not {' or '.join(wanted)}: {status['reason']}"
+    assert status["state"] in wanted, found + (f"; before: {said}" if said else "")
 
 
 def gone(bed: Bed, mark: int) -> None:
@@ -106,8 +108,9 @@ def preempt(bed: Bed, mark: int) -> None:
     whole = ["--nodes=2", "--exclusive", "--time=5", "--partition=gpu", "--parsable", "--output=/dev/null"]
     other = bed.slurm("sbatch", *whole, "--wrap", "sleep 1").strip()
     try:
-        assert bed.ended(run_id).returncode == 1
-        state_of(bed, run_id, "preempted")
+        done = bed.ended(run_id)
+        assert done.returncode == 1
+        state_of(bed, run_id, "preempted", said=done.stdout + done.stderr)
         gone(bed, mark)
     finally:
         bed.slurm("scancel", other.split(";")[0], check=False)
