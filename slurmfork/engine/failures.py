@@ -25,14 +25,15 @@ _UNRAISABLE = (StopIteration, StopAsyncIteration)  # a future may not have them
 
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that an engine has raised: where it did, in words."""
+    """The cause of an exception that an engine has raised: where it did, in words; ``worker`` is whose engine."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
+    def __init__(self, text: str, worker: str = "") -> None:
+        super().__init__(text, worker)
         self.text = text
+        self.worker = worker
 
     def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'
+        return f'\n"""\n{f"In {self.worker}. " if self.worker else ""}{self.text}"""'
 
 
 def pack_failure(error: BaseException) -> Packed:
@@ -68,11 +69,11 @@ def _traceback(error: BaseException) -> str:
     trace = _beyond_us(error.__traceback__)
     if trace is None and isinstance(error, SlurmforkError) and error.__cause__ is None:
         return ""
-    return "".join(traceback.format_exception(type(error), error, trace or error.__traceback__))
+    return "".join(traceback.format_exception(type(error), error, trace or _innermost(error.__traceback__)))
 
 
-def unpack_failure(body: bytes, buffers: Sequence[Any], packages: Collection[str]) -> Exception:
-    """The exception; its cause is the remote traceback, where there is one."""
+def unpack_failure(body: bytes, buffers: Sequence[Any], packages: Collection[str], worker: str = "") -> Exception:
+    """The exception that a worker's engine has raised; its cause is the remote traceback, where there is one."""
     (module, name), whole, arguments, attributes, notes, text, trace = unpack(body, buffers, packages)
     error = _again(module, name, arguments, attributes, packages) if whole else None
     if error is None:
@@ -81,7 +82,7 @@ def unpack_failure(body: bytes, buffers: Sequence[Any], packages: Collection[str
     if notes:
         error.__notes__ = notes  # type: ignore[attr-defined]
     if trace:
-        error.__cause__ = RemoteTraceback(trace)
+        error.__cause__ = RemoteTraceback(trace, worker)
     return error
 
 
@@ -120,6 +121,13 @@ def _beyond_us(trace: TracebackType | None) -> TracebackType | None:
     while rest is not None and rest.tb_frame.f_code.co_filename.startswith(_OURS):
         rest = rest.tb_next
     return rest
+
+
+def _innermost(trace: TracebackType | None) -> TracebackType | None:
+    """Its last frame alone."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
 
 
 # --- workers that are gone -----------------------------------------------------------------------------------
