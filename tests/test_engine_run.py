@@ -108,6 +108,7 @@ def test_each_worker_has_an_object_made_with_the_specs_arguments(actor: Role) ->
 
 def test_calls_are_scattered(actor: Role) -> None:
     assert actor.scatter("echo", ["a", "b"]) == ["a", "b"]
+    assert actor.scatter("both", ["a", "b"], k=1) == [[["a"], {"k": 1}], [["b"], {"k": 1}]]
     assert actor.scatter("both", [(1, 2), ([3],)]) == [[[1, 2], {}], [[[3]], {}]]
     with pytest.raises(UsageError, match="2 workers, and there are 3 arguments"):
         actor.scatter("echo", [1, 2, 3])

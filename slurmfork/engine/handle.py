@@ -140,6 +140,11 @@ class Worker:
         """Make another object of ``package.module:Class`` in the worker's process, with a thread of its own."""
         result(self._create(name, path, packed(args, kwargs, None)))
 
+    async def acreate_engine(self, name: str, path: str, *args: Any, **kwargs: Any) -> None:
+        """The same for a program with an event loop."""
+        await self._connect_first()
+        await asyncio.wrap_future(self._create(name, path, packed(args, kwargs, None)))
+
     def _create(self, name: str, path: str, value: Packed) -> Future[Any]:
         _names(name=name, path=path)
         if not name:
