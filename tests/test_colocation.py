@@ -151,6 +151,8 @@ def test_children_of_a_target_that_was_killed_are_still_to_be_ended(scheduler: S
     scheduler.delete_workers("reference")
     scheduler.delete_workers("actor")
     assert alive([*actors, *children]) == []
+    with pytest.raises(WorkerNotFound, match="create_workers makes it"):  # the one that failed is deleted, too
+        scheduler.get_workers("actor")
 
 
 def test_counts_need_not_match(scheduler: Scheduler, actors: list[int]) -> None:

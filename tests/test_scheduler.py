@@ -373,7 +373,14 @@ def test_a_worker_that_dies_is_told_with_its_end(scheduler: Scheduler) -> None:
     with pytest.raises(WorkerFailed, match="exit status 41"):
         scheduler.get_workers("rollout")
     assert scheduler.call_engine("rollout/0", "echo", "others go on") == "others go on"
+    with pytest.raises(WorkerFailed):
+        scheduler.role("rollout")
+    scheduler.delete_workers("rollout/1")
+    assert [worker.id for worker in scheduler.get_workers("rollout")] == ["rollout/0"]
+    assert len(scheduler.role("rollout").workers) == 1
     scheduler.delete_workers("rollout")
+    with pytest.raises(WorkerNotFound):
+        scheduler.get_workers("rollout")
     scheduler.create_workers("rollout")
     assert scheduler.call_engine("rollout/1", "echo", "again") == "again"
 
@@ -408,6 +415,30 @@ def test_a_scheduler_submits_a_run_and_ends_it(local: Shell) -> None:
         os.chdir(here)
     assert scheduler.run.status().state == "cancelled"
     assert local.left(scheduler.run.run_id) == []
+
+
+CONTROLLER = """
+import os, sys, slurmfork
+scheduler = slurmfork.Scheduler(run=slurmfork.current().run)
+scheduler.create_workers("actor")
+print("sum", scheduler.call_engine("actor/0", "add", 5), flush=True)
+os.kill(os.getpid(), 9) if sys.argv[1] == "killed" else None
+"""
+
+
+@pytest.mark.parametrize(("way", "state", "status"), [("ends", "completed", 0), ("killed", "failed", 137)])
+def test_a_controller_within_a_run_takes_it_along(local: Shell, way: str, state: str, status: int) -> None:
+    shutil.copy(engine_classes.__file__, local.directory)
+    (local.directory / "controller.py").write_text(CONTROLLER)
+    spec = local.spec(
+        f"name: inside\nbackend: local\nroles:\n  actor: {{{ENGINE}, autostart: false}}\n"
+        f"  controller: {{command: [{local.python}, controller.py, {way}], main: true}}\n"
+    )
+    run_id = local.submit(spec)
+    assert local.call("wait", run_id).returncode == status, local.logs(run_id)
+    assert "sum 5" in (local.root / run_id / "logs" / "controller-0.log").read_text()
+    assert local.status(run_id)["state"] == state
+    assert local.left(run_id) == []
 
 
 def test_a_run_that_fails_is_told_at_the_first_creation(local: Shell) -> None:

@@ -17,22 +17,19 @@ from collections.abc import Callable, Collection
 from concurrent.futures import InvalidStateError
 
 from slurmfork import credentials
-from slurmfork.engine import wire
+from slurmfork.engine import loss, wire
 from slurmfork.engine.channel import Channel
 from slurmfork.engine.codec import Packed
-from slurmfork.engine.failures import verdict
 from slurmfork.engine.hosting import TLS, UNIX
 from slurmfork.engine.inbox import Arrived
 from slurmfork.engine.pending import CallFuture, Lost, Pending, Sink, failure_of, value_of
-from slurmfork.engine.source import Source, views_of
+from slurmfork.engine.source import Source
 from slurmfork.engine.tls import TlsChannel
 from slurmfork.engine.unix import UnixChannel
-from slurmfork.errors import CodecError, SlurmforkError, Unreachable, WorkerFailed
+from slurmfork.errors import CodecError, SlurmforkError, Unreachable
 from slurmfork.messages import WorkerView
 
 CONNECT_TIMEOUT_S = 10.0
-LOSS_PATIENCE_S = 15.0  # for the head to say what became of a worker whose connection was lost
-_LOSS_PAUSE_S, _LONGEST_LOSS_PAUSE_S = 0.02, 0.5
 _BRIEF_S, _FUTILE = 10.0, 5  # so many connections in a row, none of which had an answer or lived that long, are enough
 _MANY = 64  # answers, of which the host is told if no call tells it
 _TELL_AFTER_S = 0.1
@@ -278,43 +275,20 @@ class Connection:
         self._losing = self._loop.create_task(self._settle(why))
 
     async def _settle(self, why: str) -> None:
-        """Find out what became of the worker, and have its calls fail, or be answered by another connection.
-
-        Streams fail in both cases: what came while nobody listened is lost.
-        """
-        broken = {number: pending for number, pending in list(self._pending.items()) if pending.sink is not None}
-        for number in broken:
-            self._pending.pop(number, None)
+        """Have its calls fail, or be answered by another connection; streams fail in both cases."""
+        streams = {number: pending for number, pending in list(self._pending.items()) if pending.sink is not None}
+        for number in streams:
+            self._pending.pop(number, None)  # what came while nobody listened is lost
         if self._futile >= _FUTILE:  # it is what is sent that ends it: more memory than there is, say
             self._futile = 0
-            for pending in [*broken.values(), *(self._pending.pop(number) for number in list(self._pending))]:
-                pending.fail(
-                    Unreachable(f"the connection to {pending.worker} was lost {_FUTILE} times in a row: {why}")
-                )
-            return
-        pause, until = _LOSS_PAUSE_S, self._loop.time() + LOSS_PATIENCE_S
-        while (self._pending or broken) and self._loop.time() < until:
-            workers = {pending.worker for pending in [*self._pending.values(), *broken.values()]}
-            views = await self._loop.run_in_executor(None, views_of, self._source, workers)
-            for calls in (self._pending, broken):
-                for number, pending in list(calls.items()):
-                    if pending.worker in views and (
-                        error := verdict(pending.worker, views[pending.worker], self._view)
-                    ):
-                        calls.pop(number, None)
-                        pending.fail(error)
-            if (self._pending or broken) and await self._again():
-                for number, pending in broken.items():
-                    self._say(wire.Cancel(number))
-                    pending.fail(Unreachable(f"the connection to {pending.worker} was lost, and this stream: {why}"))
-                return
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_LOSS_PAUSE_S)
-        for calls in (self._pending, broken):
-            for number in list(calls):
-                pending = calls.pop(number)
-                why_not = f"{pending.worker}: {why}, and nobody says what became of it"
-                pending.fail(WorkerFailed(why_not, pending.worker))
+            lost = f"was lost {_FUTILE} times in a row: {why}"
+            loss.fail((self._pending, streams), lambda worker: Unreachable(f"the connection to {worker} {lost}"))
+        elif await loss.settled(self._source, self._view, (self._pending, streams), why, self._again):
+            for number in streams:
+                self._say(wire.Cancel(number))
+            loss.fail(
+                (streams,), lambda worker: Unreachable(f"the connection to {worker}, and this stream, is lost: {why}")
+            )
 
     async def _again(self) -> bool:
         """Whether another connection could be made, and what is not answered was sent again."""

@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from slurmfork.engine import wire
+from slurmfork.engine import loss, wire
 from slurmfork.engine.background import background
-from slurmfork.engine.caller import LOSS_PATIENCE_S, Connection
+from slurmfork.engine.caller import Connection
 from slurmfork.engine.codec import Packed, pack, pack_pickle
 from slurmfork.engine.failures import worker_failed
 from slurmfork.engine.pending import Lost
@@ -193,7 +193,7 @@ class Worker:
                 return self._connection
             if self._connection is not None:
                 self._view = self._look()
-            until = time.monotonic() + LOSS_PATIENCE_S
+            until = time.monotonic() + loss.PATIENCE_S
             while True:
                 try:
                     made = self._connection = background().run(connected(self._source, self._view))

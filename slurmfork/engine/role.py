@@ -23,6 +23,7 @@ from slurmfork.engine.futures import gathered
 from slurmfork.engine.handle import Codec, Worker, packed, result, seconds, up
 from slurmfork.engine.source import Source
 from slurmfork.errors import UsageError
+from slurmfork.messages import WorkerView
 from slurmfork.names import WorkerState
 from slurmfork.spec.model import Spec
 
@@ -31,10 +32,15 @@ class Role:
     """All workers of a role that hosts engines."""
 
     def __init__(
-        self, source: Source, name: str, packages: frozenset[str] = frozenset(), spec: Spec | None = None
+        self,
+        source: Source,
+        name: str,
+        packages: frozenset[str] = frozenset(),
+        spec: Spec | None = None,
+        views: Sequence[WorkerView] | None = None,
     ) -> None:
         self.name = name
-        views = source.engine_views(name)
+        views = source.engine_views(name) if views is None else views
         if not views:
             hint = _hint(spec, name) if spec is not None else ""
             raise UsageError(f"run {source.run_id} has no worker of a role {name!r}{hint}")

@@ -103,8 +103,7 @@ class Engines(Workers):
     def role(self, role: str) -> Role:
         """All workers of a role as one: calls on all, scattered, awaited; streams of each of its ``workers``."""
         self.wait()
-        self._views_of(role)
-        return Role(self.run, role, self._packages)
+        return Role(self.run, role, self._packages, views=self._views_of(role))
 
     def set_worker_env(self, worker: str, env: Mapping[str, str]) -> None:
         """Set variables in the process of a worker that hosts engines, for the engines that are created after.

@@ -20,6 +20,7 @@ from slurmfork.errors import (
 )
 from slurmfork.messages import WorkerView
 from slurmfork.names import LIVE_STATES, OVER_STATES, UP_STATES, WorkerState, split_target
+from slurmfork.run import Run
 from slurmfork.scheduler.allocation import Allocation
 
 _LOOK_S = 0.05
@@ -45,6 +46,10 @@ class Worker:
 
 class Workers(Allocation):
     """The workers of a run, whatever they do."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._deleted: set[tuple[str, float | None]] = set()  # by name and start: those that have failed, too
 
     def create_workers(
         self, role: str, *, env: Mapping[str, str] | None = None, timeout: float | None = None
@@ -122,8 +127,9 @@ class Workers(Allocation):
         if role is None:
             self._delete_all(grace)
             return
-        self._views_of(role)
+        views = self._views_of(role)
         reply = self.run.stop(role, grace=grace)
+        self._deleted |= {(view.worker, view.started) for view in views}
         self._forget(split_target(role)[0])
         if reply.survivors:
             left = [line for result in reply.results for line in result.survivors]
@@ -166,6 +172,9 @@ class Workers(Allocation):
         except (ValueError, TypeError):
             raise WorkerNotFound(key, f"{key!r} is neither a role nor a worker (role/index)") from None
         there = [view for view in self._views(role) if view.state is not WorkerState.STOPPED]
+        there = [
+            view for view in there if (view.worker, view.started) not in self._deleted or view.state in LIVE_STATES
+        ]
         views = [view for view in there if index in (None, view.index)]
         if not views:
             declared = " (it is declared: create_workers makes it)" if role in self._spec.roles and not there else ""
