@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from slurmfork.messages import WorkerView
 
 _OURS = os.path.dirname(__file__)  # noqa: PTH120 (light)
+_ENDS = {"exited": "has ended", "failed": "has failed", "stopped": "was stopped"}
 _UNRAISABLE = (StopIteration, StopAsyncIteration)  # a future may not have them
 
 
@@ -149,6 +150,5 @@ def worker_failed(view: WorkerView) -> WorkerFailed:
     status = f", exit status {view.exit_status}" if view.exit_status is not None else ""
     reason = f": {view.reason}" if view.reason else ""
     tail = f"\n{view.log_tail}" if view.log_tail else ""
-    return WorkerFailed(
-        f"{view.worker} is {view.state}{status}{reason}{tail}", view.worker, view.exit_status, view.log_tail
-    )
+    how = _ENDS.get(view.state, f"is {view.state}")
+    return WorkerFailed(f"{view.worker} {how}{status}{reason}{tail}", view.worker, view.exit_status, view.log_tail)
