@@ -11,7 +11,7 @@ import engine_classes
 import pytest
 from cluster import Factory
 from ray_cluster import RayCluster
-from running import Shell, environ_of
+from running import Shell, command_of, environ_of
 
 from slurmfork import Run, Scheduler, process
 from slurmfork.errors import WorkerCreationError, WorkerFailed, WorkerNotFound
@@ -96,6 +96,12 @@ def test_a_forked_role_has_a_process_beside_each_target(scheduler: Scheduler, ac
     pids = scheduler.role("reference").call("pid")
     assert pids == [child.pid for child in children]
     assert len({*pids, *actors}) == 8
+    scheduler.fork_workers("proxy", "reference", command=["sleep", "1000"])  # beside what is itself forked: anything
+    proxies = scheduler.get_workers("proxy")
+    assert [(one.target, one.gpus) for one in proxies] == [(child.id, child.gpus) for child in children]
+    assert {command_of(one.pid or 0)[0] for one in proxies} == {"sleep"}
+    scheduler.delete_workers("reference")
+    assert alive([one.pid or 0 for one in proxies]) == [one.pid for one in proxies]
 
 
 def test_environment_devices_and_ports(scheduler: Scheduler, actors: list[int]) -> None:
