@@ -127,6 +127,9 @@ def test_environment_devices_and_ports(scheduler: Scheduler, actors: list[int]) 
 def test_deleting_a_forked_role_ends_it_and_not_its_target(scheduler: Scheduler, actors: list[int]) -> None:
     scheduler.fork_workers("reference", "actor")
     children = scheduler.role("reference").call("pid")
+    with pytest.raises(WorkerCreationError, match="role reference runs already") as caught:
+        scheduler.fork_workers("reference", "actor")
+    assert caught.value.kind == "in_use"
     scheduler.delete_workers("reference")
     assert alive(children) == []
     assert scheduler.role("actor").call("pid") == actors

@@ -441,6 +441,17 @@ def test_a_controller_within_a_run_takes_it_along(local: Shell, way: str, state:
     assert local.left(run_id) == []
 
 
+def test_an_allocation_that_does_not_come_in_time_is_told(local: Shell) -> None:
+    never = "command: [sleep, infinity], ready: {notify: true, timeout: 600}"
+    run_id = local.submit(local.spec(f"name: late\nbackend: local\nroles: {{a: {{{never}}}}}\n"))
+    scheduler = Scheduler(run=Run.load(run_id, local.root))
+    for ask in (lambda: scheduler.wait(0.5), lambda: scheduler.get_workers("a", timeout=0.5)):
+        with pytest.raises(WorkerTimeout, match=r"is not ready after 0\.5 s") as caught:
+            ask()
+        assert (caught.value.key, caught.value.timeout) == (run_id, 0.5)
+    assert scheduler.close().survivors == 0
+
+
 def test_a_run_that_fails_is_told_at_the_first_creation(local: Shell) -> None:
     spec = local.spec("name: bad\nbackend: local\nroles: {a: {command: [sh, -c, 'echo why; exit 3']}}\n")
     scheduler = Scheduler(run=Run.load(local.submit(spec), local.root))
