@@ -168,6 +168,9 @@ class Observation:
             status.reason = f"Slurm ended the job: {report.word}"
             if report.state is RunState.NODE_FAIL and end.unverified:
                 status.reason += f"; {', '.join(end.unverified)} did not answer at the end"
+        elif report and _awaits_scheduler(end, report):
+            status.state, status.ended = RunState.STOPPING, None
+            status.reason = f"{end.reason}; the scheduler has yet to say why"
 
     def _take_report(self, status: RunStatus, report: JobReport | None) -> None:
         """No head answers: what the batch script left, and what the scheduler says."""
@@ -204,6 +207,17 @@ class Observation:
         else:
             status.state, status.exit_status = RunState.FAILED, None
             status.reason = "the batch script ended without having started a head: is there an `exec` in setup?"
+
+
+def _awaits_scheduler(end: EndRecord, report: JobReport) -> bool:
+    """Whether the job's last word is still to come, and may be another than the head's: preempted, not cancelled.
+
+    What is told as over stays what it was told as.
+    """
+    if not end.outside or end.state is not RunState.CANCELLED:
+        return False
+    going_on = report.state is not None and report.state not in ENDED_STATES
+    return going_on and time.time() - end.ended < LATE_WORD
 
 
 def _changed(path: Path) -> float:

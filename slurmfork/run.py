@@ -164,13 +164,17 @@ class Run:
         raise TimeoutError(f"run {self.run_id} is not {for_} after {timeout:g} s")
 
     def settled(self, status: RunStatus) -> RunStatus:
-        """That status; of a run that its head calls over the one with the end record, which comes a moment later.
+        """That status; of a run that its head calls over the one with the end record, which comes a moment later, and
+        of one that was ended from outside the one with the scheduler's word.
 
         Where it cannot be written, what is known when the head has left.
         """
         deadline = time.monotonic() + SETTLE_S
         while status.over and status.source == "head" and time.monotonic() < deadline:
             time.sleep(POLL)
+            status = self.status()
+        while status.source == "end" and not status.over:
+            self._await_word(None)
             status = self.status()
         return status
 
@@ -189,6 +193,8 @@ class Run:
             if status.source == "head":
                 yield from self._follow(status, deadline)
                 self._await_change(1.0, deadline)
+            elif status.source == "end":
+                self._await_word(deadline)
             else:
                 self._await_change(SCHEDULER_POLL, deadline)
 
@@ -216,6 +222,14 @@ class Run:
             if self.rundir.end.exists() or self.rundir.batch_status.exists() or self.rundir.head.exists() != had_head:
                 return
             time.sleep(POLL)
+
+    def _await_word(self, deadline: float | None) -> None:
+        """Wait until the scheduler, too, calls the job over; or a moment, after which it may be asked again."""
+        until = time.monotonic() + SCHEDULER_POLL
+        while time.monotonic() < min(until, deadline or until):
+            time.sleep(POLL)
+            if self.job is not None and self.backend.ended(self.rundir, self.job):
+                return
 
     # --- engines
 

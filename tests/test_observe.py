@@ -51,6 +51,29 @@ def test_without_a_word_of_the_scheduler_nothing_is_claimed(look: Observation) -
     assert (status.state, status.source, status.reason) == (RunState.PENDING, "submit", reason)
 
 
+def test_an_end_from_outside_is_over_when_the_scheduler_has_said_why(look: Observation) -> None:
+    """While Slurm completes a job it does not say that it was preempted; what is told as over is not taken back."""
+    ended = time.time()
+    end = EndRecord(
+        state=RunState.CANCELLED, reason="SIGTERM", exit_status=None, survivors=0, ended=ended, outside=True
+    )
+    look.rundir.write_record(look.rundir.end, end)
+    look = Observation(look.rundir, look.record)
+    status, _ = look.look(JobReport(state=RunState.STOPPING, word="COMPLETING", fresh=ended))
+    assert (status.state, status.over, status.ended) == (RunState.STOPPING, False, None)
+    assert status.reason == "SIGTERM; the scheduler has yet to say why"
+    status, _ = look.look(JobReport(state=RunState.PREEMPTED, word="PREEMPTED", fresh=ended))
+    assert (status.state, status.reason) == (RunState.PREEMPTED, "Slurm ended the job: PREEMPTED")
+    status, _ = look.look(JobReport(state=RunState.CANCELLED, word="CANCELLED", fresh=ended))
+    assert (status.state, status.reason) == (RunState.CANCELLED, "SIGTERM")
+    status, _ = look.look(None)  # nobody to ask
+    assert status.state is RunState.CANCELLED
+    assert look.end is not None
+    look.end.ended -= 61  # Slurm may take minutes until it has given up on a node that is lost
+    status, _ = look.look(JobReport(state=RunState.STOPPING, word="COMPLETING", fresh=ended))
+    assert (status.state, status.reason) == (RunState.CANCELLED, "SIGTERM")
+
+
 def test_a_node_that_failed_is_named(look: Observation) -> None:
     """Slurm's steps hear but SIGTERM of it, so that the head records an end from outside, and whom it could not ask."""
     end = EndRecord(state=RunState.CANCELLED, reason="SIGTERM", exit_status=None, survivors=0, ended=time.time())

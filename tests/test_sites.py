@@ -42,6 +42,7 @@ def test_a_site_that_a_release_cannot_have_is_told_in_a_line() -> None:
         (["--slurm", "22.05", "--site", "rate-limit"], "Slurm 22.05 has no rl_enable; 23.02 has it"),
         (["--site", "adopt"], "hosts of their own"),
         (["--site", "tmpfs"], "would hide"),
+        (["--slurm", "24.11", "--site", "old-commands"], "to understand commands of 20.11"),
     ):
         done = subprocess.run(
             [sys.executable, SCRIPT, "up", "--name", "refused", *words], capture_output=True, text=True, timeout=60

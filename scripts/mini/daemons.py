@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from mini.clients import command, daemon_env, node_states
-from mini.inside import chrooted, furnish, separate, unbind, write_commands
+from mini.inside import chrooted, furnish, separate, unbind, write_commands, write_foreign_commands
 from mini.kernels import boot, furnish_kernels, lay_network, members
 from mini.privsep import need_privsep
 from mini.processes import look, mark_namespace
+from mini.sites import foreign_commands
 from mini.slurm_conf import cluster_name, write_conf, write_files
 from mini.ssh_files import write_ssh_files
 from mini.store import save
@@ -80,6 +81,8 @@ class Start:
             mark_namespace(self.cluster)
             furnish(self.cluster, self.shape)
             write_commands(self.cluster, self.record)
+        elif release := foreign_commands(self.shape):
+            write_foreign_commands(self.cluster, release)
         if self.shape.kernels:
             self.kernels()
             return

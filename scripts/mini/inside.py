@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mini.clients import commands
-from mini.releases import RELEASES
+from mini.releases import RELEASES, Release
 from mini.roots import install_tree, root_of, tool
 from mini.words import Cluster, Failed, Record, Shape
 
@@ -98,6 +98,20 @@ def write_commands(cluster: Cluster, record: Record) -> None:
             line = f'exec {shlex.join(way_in(cluster, record))} "$PWD" {name}'
         (at / name).write_text(f'#!/bin/sh\n{line} "$@"\n')
         (at / name).chmod(0o755)
+
+
+def write_foreign_commands(cluster: Cluster, release: Release) -> None:
+    """Slurm's commands of another release, for a cluster of this machine's own: each call has mounts of its own."""
+    binds = "".join(f'mount --rbind {path} "$root{path}"; ' for path in BOUND)
+    there = 'PATH=/usr/sbin:/usr/bin:/sbin:/bin; cd -- "$1" 2>/dev/null; shift; exec "$@"'
+    line = f'root=$1; shift; {binds}exec chroot "$root" /bin/sh -c {shlex.quote(there)} sh "$@"'
+    at = commands(cluster)
+    at.mkdir(mode=0o755)
+    for name in COMMANDS.split():
+        if name != "slurmfork":
+            words = shlex.join(["unshare", "--mount", "/bin/sh", "-c", line, "sh", str(root_of(release))])
+            (at / name).write_text(f'#!/bin/sh\nexec {words} "$PWD" {name} "$@"\n')
+            (at / name).chmod(0o755)
 
 
 def chrooted(cluster: Cluster, shape: Shape, argv: Sequence[str]) -> list[str]:

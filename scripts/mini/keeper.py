@@ -59,7 +59,8 @@ def keep(cluster: Cluster) -> None:
     save(cluster, record)
     try:
         Start(cluster, record).run()
-        record.version = command("sinfo", "-V", env=client_env(cluster)).split()[-1]
+        program = "sinfo" if record.shape.rooted else "slurmctld"  # the cluster's release, whatever logins have
+        record.version = command(program, "-V", env=client_env(cluster)).split()[-1]
         record.ready = True
         save(cluster, record)
         said: dict[str, object] = {"ready": True}

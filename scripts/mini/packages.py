@@ -11,16 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mini.inside import programs
+from mini.sites import foreign_commands
 from mini.words import Failed, Shape
 
 BASIC = {"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge"}
 ACCOUNTING = {"slurmdbd": "slurmdbd", "mariadbd": "mariadb-server", "mariadb-install-db": "mariadb-server"}
 SSH = {"sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "useradd": "passwd"}
+MAKING = {"mmdebstrap": "mmdebstrap", "unshare": "util-linux"}
 POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks this file whether an install may start a daemon
 
 
 def need_packages(shape: Shape, may_install: bool) -> None:
     wanted = dict(programs(shape)) if shape.rooted else BASIC | (ACCOUNTING if shape.accounting else {})
+    wanted |= MAKING if foreign_commands(shape) else {}
     wanted |= {**SSH, shape.login_shell: shape.login_shell} if shape.ssh else {}
     missing = [command for command in wanted if not shutil.which(command)]
     packages = " ".join(sorted({wanted[command] for command in missing}))

@@ -12,7 +12,7 @@ from pathlib import Path
 from mini.clients import node_states, search_path
 from mini.kernels import address
 from mini.processes import is_up, living
-from mini.sites import site_environment
+from mini.sites import foreign_commands, site_environment
 from mini.ssh_files import hosts, known_hosts, ssh_config
 from mini.ssh_keys import key_paths, keys_at, secret_paths
 from mini.store import load
@@ -103,7 +103,7 @@ def print_env(cluster: Cluster) -> None:
 def variables(cluster: Cluster, record: Record) -> dict[str, str]:
     """SLURM_CONF is Slurm's; the rest, there with --ssh, is for people and tests."""
     found = {"SLURM_CONF": str(cluster.conf)}
-    if record.shape.rooted:
+    if record.shape.rooted or foreign_commands(record.shape):
         found["PATH"] = search_path(cluster)
     found |= site_environment(record.shape)
     if record.shape.ssh:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mini.releases import RELEASES, numbers_of, own
+from mini.releases import RELEASES, Release, numbers_of, own
 from mini.roots import root_of
 from mini.words import Cluster, Failed, Shape
 
@@ -51,7 +51,8 @@ return slurm.SUCCESS
 @dataclass(frozen=True)
 class Site:
     """One preset. ``files`` lie beside slurm.conf; ``environment`` is that of every login; ``since``: the first
-    release that has it; ``refused``: why a cluster of this shape cannot have it, or empty."""
+    release that has it; ``commands``: the release of the commands that logins have; ``refused``: why a cluster of this
+    shape cannot have it, or empty."""
 
     about: str
     lines: tuple[str, ...] = ()
@@ -59,6 +60,7 @@ class Site:
     environment: dict[str, str] = field(default_factory=dict)
     since: tuple[int, int] = (0, 0)
     lacking: str = ""
+    commands: str = ""
     refused: Callable[[Cluster, Shape], str] = lambda cluster, shape: ""
 
 
@@ -76,6 +78,13 @@ def no_other_user(cluster: Cluster, shape: Shape) -> str:
     if shape.kernels:
         return "it is about ordinary users, and on kernels of their own all work is root's, whom it lets pass"
     return "it is about SSH to nodes that are hosts of their own"
+
+
+def too_far_apart(cluster: Cluster, shape: Shape) -> str:
+    """A slurmctld answers commands of its own release and of the two before it."""
+    if shape.rooted or release_of(shape) > (22, 5):
+        return "slurmctld is to be this machine's own, of 22.05 at most, to understand commands of 20.11"
+    return ""
 
 
 def needs_lua(cluster: Cluster, shape: Shape) -> str:
@@ -137,6 +146,9 @@ SITES = {
         ("PrologFlags=Contain",),
         refused=no_other_user,
     ),
+    "old-commands": Site(
+        "the commands of logins are of Slurm 20.11, two releases behind", commands="20.11", refused=too_far_apart
+    ),
     "pmix": Site("MpiDefault=pmix", ("MpiDefault=pmix",), refused=needs_pmix),
     "autobind": Site(
         "every task is bound to threads of its own",
@@ -165,6 +177,12 @@ def site_lines(cluster: Cluster, shape: Shape) -> list[str]:
     if shape.site == "tmpfs" and release_of(shape) >= (25, 11):
         lines[0] = "NamespaceType=namespace/tmpfs"
     return lines
+
+
+def foreign_commands(shape: Shape) -> Release | None:
+    """The release that logins have the commands of, where it is not the cluster's."""
+    name = SITES[shape.site].commands if shape.site else ""
+    return RELEASES[name] if name else None
 
 
 def site_environment(shape: Shape) -> dict[str, str]:

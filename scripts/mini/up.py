@@ -13,7 +13,7 @@ from mini.processes import is_up
 from mini.releases import RELEASES
 from mini.report import headline
 from mini.roots import root_of
-from mini.sites import need_site
+from mini.sites import foreign_commands, need_site
 from mini.store import claim, load, lock_of, locked
 from mini.users import need_a_way_in
 from mini.words import Cluster, Failed, Record, Shape
@@ -23,8 +23,8 @@ def up(cluster: Cluster, shape: Shape, may_install: bool) -> None:
     need_site(cluster, shape)
     need_packages(shape, may_install)
     need_namespaces(shape)
-    if shape.rooted:
-        root_of(RELEASES[shape.slurm])
+    if release := RELEASES.get(shape.slurm) or foreign_commands(shape):
+        root_of(release)
     with locked(lock_of(cluster)):
         record = load(cluster)
         if record and is_up(record):

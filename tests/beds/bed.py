@@ -54,6 +54,7 @@ class Bed:
             self.directory.chmod(0o1777)
             self.there = str(self.directory)
         self.runs: list[str] = []
+        self.measured: list[str] = []  # what the scenario that is tried has to say of its times
 
     # --- commands
 
@@ -165,11 +166,13 @@ class Bed:
         nodes = self.nodes if self.kernels else self.nodes[:1]
         return {node: found for node in nodes if node not in self.down_nodes and (found := self.seen(mark, node))}
 
-    def until(self, done: Callable[[], object], what: str, limit_s: float = PATIENCE_S) -> None:
-        deadline = time.monotonic() + limit_s
+    def until(self, done: Callable[[], object], what: str, limit_s: float = PATIENCE_S) -> float:
+        """Waits for it; returns the seconds that it took."""
+        began = time.monotonic()
         while not done():
-            assert time.monotonic() < deadline, f"waited {limit_s:g} s for {what}"
+            assert time.monotonic() < began + limit_s, f"waited {limit_s:g} s for {what}"
             time.sleep(0.25)
+        return time.monotonic() - began
 
     def stranger(self, mark: int, node: str) -> None:
         """A process of nobody's run, which is to live."""

@@ -35,8 +35,8 @@ class Place:
 
 @dataclass
 class Cell:
-    """One scenario on one bed. ``verdict``: ok, failed, or none (it cannot be had, or was not run, and ``detail``
-    says why)."""
+    """One scenario on one bed. ``verdict``: ok (``detail`` may say what was measured), failed, or none (it cannot
+    be had, or was not run, and ``detail`` says why)."""
 
     release: str
     tracker: str
@@ -66,7 +66,17 @@ PLACES = [
 SITED = [
     *(
         Place("22.05", "linuxproc", False, site)
-        for site in ("export-none", "noisy", "short-memory", "preempt", "interactive", "pmix", "autobind", "rate-limit")
+        for site in (
+            "export-none",
+            "noisy",
+            "short-memory",
+            "preempt",
+            "interactive",
+            "pmix",
+            "autobind",
+            "rate-limit",
+            "old-commands",
+        )
     ),
     *(Place("24.11", "cgroup", True, site) for site in ("tmpfs", "rate-limit", "adopt", "export-none")),
     *(Place("26.05", "cgroup", True, site) for site in ("tmpfs", "rate-limit")),

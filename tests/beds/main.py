@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -59,6 +60,7 @@ def chosen(asked: argparse.Namespace) -> list[tuple[Place, list[str]]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if a cell failed."""
     asked = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the bed goes down
     if asked.list:
         for place in [*PLACES, *SITED]:
             print(f"{place.title}{f', site {place.site}' if place.site else ''}")

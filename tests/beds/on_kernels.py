@@ -10,6 +10,7 @@ from beds.scenarios import LEASE_S, cancelled, gone, scenario, state_of
 from beds.specs import forked, spec
 
 SLURMD_TIMEOUT_S = 30  # the bed's
+NAMED_S = SLURMD_TIMEOUT_S + 15
 MARGIN_S = 60  # for machines that have much else to do; the seconds themselves are in the results
 LOST = ("node_fail", "failed")
 
@@ -23,7 +24,8 @@ def told(bed: Bed, run_id: str, node: str) -> bool:
 
 def lose(bed: Bed, mark: int, run_id: str, node: str) -> None:
     """The node is told, the run ends, and the nodes that are up are clean."""
-    bed.until(lambda: told(bed, run_id, node), f"status to name {node}", SLURMD_TIMEOUT_S + MARGIN_S)
+    took = bed.until(lambda: told(bed, run_id, node), f"status to name {node}", NAMED_S)
+    bed.measured.append(f"`status` named {node} after {took:.0f} s (SlurmdTimeout is {SLURMD_TIMEOUT_S} s)")
     assert bed.ended(run_id).returncode not in (0, 124)
     state_of(bed, run_id, *LOST)
     reason = bed.status(run_id)["reason"]
@@ -70,6 +72,8 @@ def short_cut(bed: Bed, mark: int) -> None:
     bed.deed("n2", "cut")
     time.sleep(10)  # the scenario itself
     bed.deed("n2", "join")
+    took = bed.until(lambda: not told(bed, run_id, "n2"), "the agent of n2 to answer again")
+    bed.measured.append(f"the agent answered {took:.0f} s after its node was back")
     assert len(forked(bed, run_id, "second", "first")) == 2
     state_of(bed, run_id, "ready")
     cancelled(bed, run_id)
@@ -82,7 +86,9 @@ def long_cut(bed: Bed, mark: int) -> None:
     bed.deed("n2", "cut")
     lose(bed, mark, run_id, "n2")
     bed.until(lambda: not bed.seen(mark, "n1"), "the other node's processes to be gone")
-    bed.until(lambda: not bed.seen(mark, "n2"), "the cut-off node to have ended its own workers", LEASE_S + MARGIN_S)
+    left = "the cut-off node to have ended its own workers"
+    took = bed.until(lambda: not bed.seen(mark, "n2"), left, LEASE_S + MARGIN_S)
+    bed.measured.append(f"the cut-off node had no worker left {took:.0f} s after the others were gone")
 
 
 @scenario("freeze", "a node hangs, until Slurm has given it up, and then goes on", kernels=True)

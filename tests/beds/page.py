@@ -45,6 +45,9 @@ def page(cells: Sequence[Cell]) -> str:
     parts = [INTRO, "## Scenarios", "", *_scenarios(found, notes), "", "## Sites", "", *_sites(found, notes), ""]
     parts += ["## What is not ok, and why", ""]
     parts += [f"{number}. {line}" for line, number in notes.lines.items()] or ["Nothing."]
+    told = [one for one in found.values() if one.verdict == "ok" and one.detail]
+    measured = [f"- `{one.scenario}`, {one.release} {one.tracker}: {one.detail}" for one in told]
+    parts += ["", "## Measured on the way", "", *measured] if measured else []
     parts += ["", "## What is done", "", *(f"- `{one.name}`: {one.about}" for one in REGISTRY.values()), ""]
     parts += ["## How this was made", "", *_made(list(found.values()))]
     return "\n".join(parts) + "\n"

@@ -20,6 +20,7 @@ def try_out(bed: Bed, place: Place, scenario: Scenario) -> Cell:
     mark = next(_marks)
     cell = Cell(place.release, place.tracker, place.kernels, place.site, scenario.name, "ok", how=circumstances())
     began = time.monotonic()
+    bed.measured.clear()
     try:
         for node in bed.nodes if bed.kernels else bed.nodes[:1]:
             bed.stranger(mark + 1, node)
@@ -32,6 +33,8 @@ def try_out(bed: Bed, place: Place, scenario: Scenario) -> Cell:
     except (AssertionError, Broken, subprocess.TimeoutExpired) as error:
         cell.verdict = "failed"
         cell.detail = cell.detail or f"afterwards: {error}"
+    if cell.verdict == "ok":
+        cell.detail = "; ".join(bed.measured)
     return cell
 
 

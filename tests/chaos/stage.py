@@ -118,6 +118,7 @@ class Stage:
         self._cluster = f"chaos-{os.getpid()}"
         self._shell: Shell | None = None
         self._run_id = ""
+        self._given_up: set[int] = set()  # raylets that were to be killed
 
     @contextlib.contextmanager
     def up(self) -> Iterator[Stage]:
@@ -152,7 +153,7 @@ class Stage:
         """What there is of the cluster must come to no harm."""
         assert self.ray is not None
         known = {one.pid for one in self.innocents.those}
-        for pid in set(self.ray.raylets.values()) - known:
+        for pid in set(self.ray.raylets.values()) - known - self._given_up:
             self.innocents.note("a raylet of the cluster", pid)
 
     def spare_raylets(self) -> list[int]:
@@ -167,6 +168,7 @@ class Stage:
     def replace_raylet(self, pid: int) -> None:
         """One is to be killed: it is nobody's to look after, and the cluster gets another node."""
         assert self.ray is not None
+        self._given_up.add(pid)  # the cluster goes on naming it
         self.innocents.those = {one: words for one, words in self.innocents.those.items() if one.pid != pid}
         self.ray.add_node()
         self.watch_ray()
