@@ -35,6 +35,7 @@ from slurmfork.notify import notify
 
 if TYPE_CHECKING:
     from slurmfork.engine.role import Role
+    from slurmfork.run import Run
 
 T = TypeVar("T")
 
@@ -155,6 +156,13 @@ class CurrentWorker:
         rundir = RunDir(Path(self.run_dir))
         spec = rundir.read_record(rundir.spec, Spec)
         return Role(self, role, packages_of(spec) if spec else frozenset())
+
+    @property
+    def run(self) -> Run:
+        """Its run as those outside have it, and a controller: ``slurmfork.Scheduler(run=slurmfork.current().run)``."""
+        from slurmfork.run import Run
+
+        return Run.load(self.run_id, Path(self.run_dir).parent)
 
     @property
     def credentials_directory(self) -> Path:

@@ -129,6 +129,10 @@ class Engine:
     def raises(self, code: int) -> None:
         raise Mishap("it broke", code=code)
 
+    def adds_and_raises(self, amount: int) -> None:
+        self.total += amount
+        raise Mishap("it broke after all", code=5)
+
     @property
     def broken(self) -> Any:
         raise Mishap("a property that breaks", code=9)

@@ -36,6 +36,8 @@ FORKED = f"  critic: {{{ENGINE}, on_failure: ignore, strategy: {{type: colocatio
 def test_a_death_fails_the_calls_in_flight_with_its_status_and_last_words(local: Shell, tmp_path: Path) -> None:
     run = begun(local, spec(more=SHARED))
     actor, critic = run.role("actor").worker(0), run.role("critic").worker(0)
+    stream = actor.stream("counts_forever", str(tmp_path / "c"))
+    assert next(stream) == 0
     in_flight = [
         actor.submit("waits", str(tmp_path / "a")),
         critic.submit("waits", str(tmp_path / "b")),
@@ -47,6 +49,9 @@ def test_a_death_fails_the_calls_in_flight_with_its_status_and_last_words(local:
         assert isinstance(error, WorkerFailed), error
         assert (error.worker, error.exit_status) == (worker, 41)
         assert "the last word" in error.log_tail
+    with pytest.raises(WorkerFailed, match="the last word") as caught:
+        list(stream)
+    assert (caught.value.worker, caught.value.exit_status) == ("actor/0", 41)
     with pytest.raises(WorkerFailed, match="exit status 41"):
         actor.call("echo", 1)
     with pytest.raises(WorkerFailed):

@@ -108,6 +108,7 @@ def test_each_worker_has_an_object_made_with_the_specs_arguments(actor: Role) ->
 
 def test_calls_are_scattered(actor: Role) -> None:
     assert actor.scatter("echo", ["a", "b"]) == ["a", "b"]
+    assert actor.scatter("both", ["a", "b"], k=1) == [[["a"], {"k": 1}], [["b"], {"k": 1}]]
     assert actor.scatter("both", [(1, 2), ([3],)]) == [[[1, 2], {}], [[[3]], {}]]
     with pytest.raises(UsageError, match="2 workers, and there are 3 arguments"):
         actor.scatter("echo", [1, 2, 3])
@@ -298,11 +299,34 @@ def test_an_exception_comes_back_as_itself(one: Worker) -> None:
     assert str(caught.value) == "it broke (7)"
     cause = caught.value.__cause__
     assert isinstance(cause, RemoteTraceback)
+    assert cause.worker == "actor/0"
+    assert "In actor/0. Traceback" in str(cause)
     assert 'raise Mishap("it broke", code=code)' in str(cause)
     assert "slurmfork/engine" not in str(cause)
     with pytest.raises(ZeroDivisionError, match="division by zero"):
         one.call("divides")
     assert one.call("echo", "still there") == "still there"
+
+
+def test_arguments_that_do_not_fit_are_told_without_our_own_lines(one: Worker) -> None:
+    for ask in (lambda: one.call("add", 1, 2, 3), lambda: one.create_engine("bad", "engine_classes:Engine", 1, 2, 3)):
+        with pytest.raises(TypeError, match="takes from 1 to 2 positional arguments but 4 were given") as caught:
+            ask()
+        assert str(caught.value.__cause__).count('File "') == 1
+
+
+def test_what_is_no_name_is_told_before_it_is_sent(one: Worker) -> None:
+    number: Any = 3
+    for ask in (
+        lambda: one.call(number),
+        lambda: one.call("echo", 1, engine=number),
+        lambda: one.stream(number),
+        lambda: one.create_engine(number, "engine_classes:Engine"),
+        lambda: one.create_engine("new", number),
+        lambda: one.remove_engine(number),
+    ):
+        with pytest.raises(UsageError, match="is a word, in quotes, not 3"):
+            ask()
 
 
 def test_what_cannot_be_raised_here_is_an_engine_call_error(one: Worker) -> None:

@@ -26,6 +26,7 @@ from slurmfork.engine.door import Door
 from slurmfork.engine.hosted import Engines
 from slurmfork.engine.hosting import Hosting
 from slurmfork.engine.inbox import Arrived, Inbox
+from slurmfork.engine.streams import WINDOW
 from slurmfork.engine.tls import TlsChannel
 from slurmfork.engine.unix import UnixChannel
 from slurmfork.engine.warm import LEAST, Warm
@@ -126,6 +127,42 @@ async def test_a_lost_connection_is_found_again_and_no_call_is_done_twice(site: 
     assert sorted(results) == list(range(2, 52))
     assert await call(connection, "grows", 0) == 51
     connection.close()
+
+
+async def test_a_stream_whose_connection_is_lost_fails_and_its_generator_is_closed(site: Site, tmp_path: Path) -> None:
+    connection = await site.connect(site.tls)
+    heard: asyncio.Queue[tuple[Any, Exception | None, bool]] = asyncio.Queue()
+
+    def make(number: int, received: list[int]) -> wire.Message:
+        return wire.Call(number, "w/0", "", "counts_forever", False, WINDOW, received)
+
+    arguments = pack([[str(tmp_path / "closed")], {}])
+    connection.stream("w/0", make, arguments, (), lambda *entry: heard.put_nowait(entry))
+    assert await asyncio.wait_for(heard.get(), PATIENCE) == (0, None, False)
+    channel = connection._channel
+    assert isinstance(channel, TlsChannel)
+    assert channel._transport is not None
+    channel._transport.abort()
+    error, over = None, False
+    while not over:
+        _, error, over = await asyncio.wait_for(heard.get(), PATIENCE)
+    assert isinstance(error, Unreachable)
+    deadline = asyncio.get_running_loop().time() + PATIENCE
+    while not (tmp_path / "closed").exists():
+        assert asyncio.get_running_loop().time() < deadline
+        await asyncio.sleep(0.005)
+    assert await call(connection, "echo", 1) == 1
+    connection.close()
+
+
+async def test_a_call_that_ends_each_connection_is_not_sent_for_ever(site: Site) -> None:
+    connection = await site.connect(site.unix)
+    number: Any = 3  # in place of a method's name
+    with pytest.raises(Unreachable, match="was lost 5 times in a row"):
+        await call(connection, number)
+    again = await site.connect(site.unix)
+    assert await call(again, "echo", 1) == 1
+    again.close()
 
 
 async def test_an_answer_is_kept_until_it_has_arrived(site: Site) -> None:

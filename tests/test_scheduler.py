@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import engine_classes
 import pytest
@@ -20,12 +21,14 @@ from slurmfork.errors import (
     EngineError,
     EngineNotFound,
     PortAllocationError,
+    StillAlive,
     UsageError,
     WorkerCreationError,
     WorkerFailed,
     WorkerNotFound,
     WorkerTimeout,
 )
+from slurmfork.messages import StopReply
 
 ENGINE = 'engine: "engine_classes:Engine", on_failure: ignore'
 BARE = 'engine: "slurmfork.engine.bare:Bare", on_failure: ignore'
@@ -145,8 +148,9 @@ def test_further_ports_are_a_workers_own(scheduler: Scheduler, actors: list[str]
     assert len({*given, *more}) == 4 + 12
     with pytest.raises(PortAllocationError, match="1000 ports for actor/0"):
         scheduler.allocate_ports("actor/0", 1000)
-    with pytest.raises(WorkerNotFound):
-        scheduler.allocate_ports("actor/9")
+    for key, words in (("actor/9", "has no worker"), ("actor", "name one worker of it, as actor/0")):
+        with pytest.raises(WorkerNotFound, match=words):
+            scheduler.allocate_ports(key)
 
 
 # --- forking -----------------------------------------------------------------------------------------------
@@ -180,6 +184,27 @@ def test_counts_need_not_match(scheduler: Scheduler, actors: list[str]) -> None:
 def test_forks_may_be_several_or_beside_one(scheduler: Scheduler, actors: list[str]) -> None:
     assert scheduler.fork_workers("reference", "actor/2", count=3) == ["reference/0", "reference/1", "reference/2"]
     assert {one.target for one in scheduler.get_workers("reference")} == {"actor/2"}
+
+
+def test_what_goes_beside_nobody_is_not_created(scheduler: Scheduler) -> None:
+    for role in ("reference", "critic"):
+        with pytest.raises(WorkerNotFound, match=r"no worker 'actor' \(it is declared") as caught:
+            scheduler.create_workers(role)
+        assert caught.value.key == "actor"
+
+
+def test_one_worker_of_a_role_can_be_deleted(scheduler: Scheduler, actors: list[str]) -> None:
+    scheduler.fork_workers("reference", "actor")
+    scheduler.delete_workers("reference/1")
+    assert [one.id for one in scheduler.get_workers("reference")] == ["reference/0", "reference/2", "reference/3"]
+    rest = scheduler.role("reference")
+    assert rest.call("pid") == pids(scheduler, "reference")
+    assert rest.worker(2).name == "reference/2"
+    with pytest.raises(UsageError, match="there is no 1"):
+        rest.worker(1)
+    for ask in (scheduler.get_workers, scheduler.delete_workers, scheduler.health):
+        with pytest.raises(WorkerNotFound, match=r"has no worker 'reference/1'$"):
+            ask("reference/1")
 
 
 def test_any_command_can_be_forked(scheduler: Scheduler, actors: list[str]) -> None:
@@ -226,6 +251,27 @@ def test_deleting_the_target_leaves_its_forked_children(scheduler: Scheduler, ac
     assert scheduler.role("reference").call("pid") == children
 
 
+class Stubborn(Run):
+    """A run that says of a role that a process of it would not die."""
+
+    def stop(self, target: str, *, grace: float | None = None) -> StopReply:
+        reply = super().stop(target, grace=grace)
+        if target == "reference":
+            reply.survivors = 1
+            reply.results[0].survivors = ["the one that stays"]
+        return reply
+
+
+def test_what_would_not_die_is_told_when_all_others_are_gone(scheduler: Scheduler, actors: list[str]) -> None:
+    stubborn = Scheduler(run=Stubborn(scheduler.run.rundir, scheduler.run.record))
+    stubborn.create_workers("reference")
+    with pytest.raises(StillAlive, match="1 processes of reference would not die: the one that stays"):
+        stubborn.delete_workers()
+    for role in ("reference", "actor"):
+        with pytest.raises(WorkerNotFound):
+            scheduler.get_workers(role)
+
+
 def test_deleting_the_target_ends_what_shares_its_processes(scheduler: Scheduler, actors: list[str]) -> None:
     scheduler.create_workers("critic")
     scheduler.delete_workers("actor")
@@ -268,13 +314,24 @@ def test_engines_are_created_called_and_removed(scheduler: Scheduler, actors: li
         scheduler.create_engine("actor/0", "engine_classes:Engine", "policy")
     with pytest.raises(ModuleNotFoundError):
         scheduler.create_engine("actor/0", "no_such_module:Engine", "other")
+    number: Any = 123
+    with pytest.raises(UsageError, match="path is a word, in quotes, not 123"):
+        scheduler.create_engine("actor/0", number, "other")
     scheduler.remove_engine("actor/0", "policy")
     with pytest.raises(EngineNotFound):
         scheduler.call_engine("actor/0", "add", engine="policy")
-    with pytest.raises(WorkerNotFound, match="calls go to one worker"):
+    with pytest.raises(WorkerNotFound, match="name one worker of it"):
         scheduler.call_engine("actor", "add")
     with pytest.raises(WorkerNotFound):
         scheduler.call_engine("actor/7", "add")
+
+
+async def test_engines_of_many_workers_are_created_at_the_same_time(scheduler: Scheduler, actors: list[str]) -> None:
+    makings = (scheduler.async_create_engine(name, "engine_classes:Engine", "late", i) for i, name in enumerate(actors))
+    await asyncio.gather(*makings)
+    assert scheduler.role("actor").call("add", 0, engine="late") == [0, 1, 2, 3]
+    with pytest.raises(Mishap, match="told to fail"):
+        await scheduler.async_create_engine("actor/0", "engine_classes:Engine", "bad", fail=True)
 
 
 async def test_calls_are_awaited_and_cancelled(scheduler: Scheduler, tmp_path: Path) -> None:
@@ -291,10 +348,10 @@ async def test_calls_are_awaited_and_cancelled(scheduler: Scheduler, tmp_path: P
 
 def test_a_call_that_failed_was_sent_once(scheduler: Scheduler) -> None:
     scheduler.create_workers("rollout")
-    with pytest.raises(ZeroDivisionError):
-        scheduler.call_engine("rollout/0", "divides")
     before = scheduler.call_engine("rollout/0", "add", 0)
-    assert scheduler.call_engine("rollout/0", "add", 1) == before + 1
+    with pytest.raises(Mishap):
+        scheduler.call_engine("rollout/0", "adds_and_raises", 3)
+    assert scheduler.call_engine("rollout/0", "add", 0) == before + 3
 
 
 def test_health_is_told_while_a_method_runs(scheduler: Scheduler, tmp_path: Path) -> None:
@@ -316,7 +373,14 @@ def test_a_worker_that_dies_is_told_with_its_end(scheduler: Scheduler) -> None:
     with pytest.raises(WorkerFailed, match="exit status 41"):
         scheduler.get_workers("rollout")
     assert scheduler.call_engine("rollout/0", "echo", "others go on") == "others go on"
+    with pytest.raises(WorkerFailed):
+        scheduler.role("rollout")
+    scheduler.delete_workers("rollout/1")
+    assert [worker.id for worker in scheduler.get_workers("rollout")] == ["rollout/0"]
+    assert len(scheduler.role("rollout").workers) == 1
     scheduler.delete_workers("rollout")
+    with pytest.raises(WorkerNotFound):
+        scheduler.get_workers("rollout")
     scheduler.create_workers("rollout")
     assert scheduler.call_engine("rollout/1", "echo", "again") == "again"
 
@@ -327,7 +391,8 @@ def test_a_worker_that_dies_is_told_with_its_end(scheduler: Scheduler) -> None:
 def test_what_is_not_declared_is_named(scheduler: Scheduler) -> None:
     with pytest.raises(WorkerNotFound, match="the spec has no role 'nobody'"):
         scheduler.create_workers("nobody")
-    for key in ("nobody", "rollout/0", "not a name"):
+    number: Any = 3
+    for key in ("nobody", "rollout/0", "not a name", number):
         with pytest.raises(WorkerNotFound) as caught:
             scheduler.delete_workers(key)
         assert caught.value.key == key
@@ -350,6 +415,41 @@ def test_a_scheduler_submits_a_run_and_ends_it(local: Shell) -> None:
         os.chdir(here)
     assert scheduler.run.status().state == "cancelled"
     assert local.left(scheduler.run.run_id) == []
+
+
+CONTROLLER = """
+import os, sys, slurmfork
+scheduler = slurmfork.Scheduler(run=slurmfork.current().run)
+scheduler.create_workers("actor")
+print("sum", scheduler.call_engine("actor/0", "add", 5), flush=True)
+os.kill(os.getpid(), 9) if sys.argv[1] == "killed" else None
+"""
+
+
+@pytest.mark.parametrize(("way", "state", "status"), [("ends", "completed", 0), ("killed", "failed", 137)])
+def test_a_controller_within_a_run_takes_it_along(local: Shell, way: str, state: str, status: int) -> None:
+    shutil.copy(engine_classes.__file__, local.directory)
+    (local.directory / "controller.py").write_text(CONTROLLER)
+    spec = local.spec(
+        f"name: inside\nbackend: local\nroles:\n  actor: {{{ENGINE}, autostart: false}}\n"
+        f"  controller: {{command: [{local.python}, controller.py, {way}], main: true}}\n"
+    )
+    run_id = local.submit(spec)
+    assert local.call("wait", run_id).returncode == status, local.logs(run_id)
+    assert "sum 5" in (local.root / run_id / "logs" / "controller-0.log").read_text()
+    assert local.status(run_id)["state"] == state
+    assert local.left(run_id) == []
+
+
+def test_an_allocation_that_does_not_come_in_time_is_told(local: Shell) -> None:
+    never = "command: [sleep, infinity], ready: {notify: true, timeout: 600}"
+    run_id = local.submit(local.spec(f"name: late\nbackend: local\nroles: {{a: {{{never}}}}}\n"))
+    scheduler = Scheduler(run=Run.load(run_id, local.root))
+    for ask in (lambda: scheduler.wait(0.5), lambda: scheduler.get_workers("a", timeout=0.5)):
+        with pytest.raises(WorkerTimeout, match=r"is not ready after 0\.5 s") as caught:
+            ask()
+        assert (caught.value.key, caught.value.timeout) == (run_id, 0.5)
+    assert scheduler.close().survivors == 0
 
 
 def test_a_run_that_fails_is_told_at_the_first_creation(local: Shell) -> None:

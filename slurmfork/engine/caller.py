@@ -17,22 +17,20 @@ from collections.abc import Callable, Collection
 from concurrent.futures import InvalidStateError
 
 from slurmfork import credentials
-from slurmfork.engine import wire
+from slurmfork.engine import loss, wire
 from slurmfork.engine.channel import Channel
 from slurmfork.engine.codec import Packed
-from slurmfork.engine.failures import verdict
 from slurmfork.engine.hosting import TLS, UNIX
 from slurmfork.engine.inbox import Arrived
 from slurmfork.engine.pending import CallFuture, Lost, Pending, Sink, failure_of, value_of
-from slurmfork.engine.source import Source, views_of
+from slurmfork.engine.source import Source
 from slurmfork.engine.tls import TlsChannel
 from slurmfork.engine.unix import UnixChannel
-from slurmfork.errors import CodecError, SlurmforkError, Unreachable, WorkerFailed
+from slurmfork.errors import CodecError, SlurmforkError, Unreachable
 from slurmfork.messages import WorkerView
 
 CONNECT_TIMEOUT_S = 10.0
-LOSS_PATIENCE_S = 15.0  # for the head to say what became of a worker whose connection was lost
-_LOSS_PAUSE_S, _LONGEST_LOSS_PAUSE_S = 0.02, 0.5
+_BRIEF_S, _FUTILE = 10.0, 5  # so many connections in a row, none of which had an answer or lived that long, are enough
 _MANY = 64  # answers, of which the host is told if no call tells it
 _TELL_AFTER_S = 0.1
 
@@ -52,6 +50,7 @@ class Connection:
         self._received: list[int] = []
         self._telling = False
         self._lock = threading.Lock()
+        self._opened, self._futile = 0.0, 0
         self.lost = False
 
     # --- opening
@@ -65,7 +64,7 @@ class Connection:
             except (OSError, asyncio.TimeoutError, SlurmforkError) as error:
                 reasons.append(str(error) or f"{endpoint} does not answer")
             else:
-                self.lost = False
+                self._opened, self.lost = self._loop.time(), False
                 return
         raise Unreachable(f"{self._view.worker} cannot be reached: {'; '.join(dict.fromkeys(reasons))}")
 
@@ -200,6 +199,8 @@ class Connection:
 
     def _take(self, arrived: Arrived) -> None:
         message = arrived.message
+        if not isinstance(message, wire.Welcome):
+            self._futile = 0
         if isinstance(message, wire.Result):
             pending = self._settled(message.id)
             if pending is None:
@@ -217,7 +218,7 @@ class Connection:
                 pending.future.set_result(value)
         elif isinstance(message, wire.Failure):
             if (pending := self._settled(message.id)) is not None:
-                pending.fail(failure_of(arrived, pending.packages))
+                pending.fail(failure_of(arrived, pending))
         elif isinstance(message, wire.Item):
             pending = self._pending.get(message.id)
             if pending is not None and pending.sink is not None:
@@ -261,37 +262,33 @@ class Connection:
     # --- loss
 
     def _gone(self, channel: Channel, why: str) -> None:
-        if not self._welcome.done():
+        if not self._welcome.done():  # who opens it hears of it
             self._welcome.set_exception(Unreachable(why))
             self._welcome.exception()
+            return
         if channel is not self._channel:
             return
+        self._futile = self._futile + 1 if self._loop.time() - self._opened < _BRIEF_S else 0
         with self._lock:
             self.lost = True
             self._channel = None
         self._losing = self._loop.create_task(self._settle(why))
 
     async def _settle(self, why: str) -> None:
-        """Find out what became of the worker, and have its calls fail, or be answered by another connection."""
-        for number, pending in list(self._pending.items()):
-            if pending.sink is not None:  # a stream cannot be taken up again
-                self._pending.pop(number, None)
-                pending.fail(Unreachable(f"the connection to {pending.worker} was lost: {why}"))
-        pause, until = _LOSS_PAUSE_S, self._loop.time() + LOSS_PATIENCE_S
-        while self._pending and self._loop.time() < until:
-            workers = {pending.worker for pending in self._pending.values()}
-            views = await self._loop.run_in_executor(None, views_of, self._source, workers)
-            for number, pending in list(self._pending.items()):
-                if pending.worker in views and (error := verdict(pending.worker, views[pending.worker], self._view)):
-                    self._pending.pop(number, None)
-                    pending.fail(error)
-            if self._pending and await self._again():
-                return
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_LOSS_PAUSE_S)
-        for number in list(self._pending):
-            pending = self._pending.pop(number)
-            pending.fail(WorkerFailed(f"{pending.worker}: {why}, and nobody says what became of it", pending.worker))
+        """Have its calls fail, or be answered by another connection; streams fail in both cases."""
+        streams = {number: pending for number, pending in list(self._pending.items()) if pending.sink is not None}
+        for number in streams:
+            self._pending.pop(number, None)  # what came while nobody listened is lost
+        if self._futile >= _FUTILE:  # it is what is sent that ends it: more memory than there is, say
+            self._futile = 0
+            lost = f"was lost {_FUTILE} times in a row: {why}"
+            loss.fail((self._pending, streams), lambda worker: Unreachable(f"the connection to {worker} {lost}"))
+        elif await loss.settled(self._source, self._view, (self._pending, streams), why, self._again):
+            for number in streams:
+                self._say(wire.Cancel(number))
+            loss.fail(
+                (streams,), lambda worker: Unreachable(f"the connection to {worker}, and this stream, is lost: {why}")
+            )
 
     async def _again(self) -> bool:
         """Whether another connection could be made, and what is not answered was sent again."""

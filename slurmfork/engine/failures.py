@@ -21,18 +21,20 @@ if TYPE_CHECKING:
     from slurmfork.messages import WorkerView
 
 _OURS = os.path.dirname(__file__)  # noqa: PTH120 (light)
+_ENDS = {"exited": "has ended", "failed": "has failed", "stopped": "was stopped"}
 _UNRAISABLE = (StopIteration, StopAsyncIteration)  # a future may not have them
 
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that an engine has raised: where it did, in words."""
+    """The cause of an exception that an engine has raised: where it did, in words; ``worker`` is whose engine."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
+    def __init__(self, text: str, worker: str = "") -> None:
+        super().__init__(text, worker)
         self.text = text
+        self.worker = worker
 
     def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'
+        return f'\n"""\n{f"In {self.worker}. " if self.worker else ""}{self.text}"""'
 
 
 def pack_failure(error: BaseException) -> Packed:
@@ -68,11 +70,11 @@ def _traceback(error: BaseException) -> str:
     trace = _beyond_us(error.__traceback__)
     if trace is None and isinstance(error, SlurmforkError) and error.__cause__ is None:
         return ""
-    return "".join(traceback.format_exception(type(error), error, trace or error.__traceback__))
+    return "".join(traceback.format_exception(type(error), error, trace or _innermost(error.__traceback__)))
 
 
-def unpack_failure(body: bytes, buffers: Sequence[Any], packages: Collection[str]) -> Exception:
-    """The exception; its cause is the remote traceback, where there is one."""
+def unpack_failure(body: bytes, buffers: Sequence[Any], packages: Collection[str], worker: str = "") -> Exception:
+    """The exception that a worker's engine has raised; its cause is the remote traceback, where there is one."""
     (module, name), whole, arguments, attributes, notes, text, trace = unpack(body, buffers, packages)
     error = _again(module, name, arguments, attributes, packages) if whole else None
     if error is None:
@@ -81,7 +83,7 @@ def unpack_failure(body: bytes, buffers: Sequence[Any], packages: Collection[str
     if notes:
         error.__notes__ = notes  # type: ignore[attr-defined]
     if trace:
-        error.__cause__ = RemoteTraceback(trace)
+        error.__cause__ = RemoteTraceback(trace, worker)
     return error
 
 
@@ -122,6 +124,13 @@ def _beyond_us(trace: TracebackType | None) -> TracebackType | None:
     return rest
 
 
+def _innermost(trace: TracebackType | None) -> TracebackType | None:
+    """Its last frame alone."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
+
+
 # --- workers that are gone -----------------------------------------------------------------------------------
 
 
@@ -141,6 +150,5 @@ def worker_failed(view: WorkerView) -> WorkerFailed:
     status = f", exit status {view.exit_status}" if view.exit_status is not None else ""
     reason = f": {view.reason}" if view.reason else ""
     tail = f"\n{view.log_tail}" if view.log_tail else ""
-    return WorkerFailed(
-        f"{view.worker} is {view.state}{status}{reason}{tail}", view.worker, view.exit_status, view.log_tail
-    )
+    how = _ENDS.get(view.state, f"is {view.state}")
+    return WorkerFailed(f"{view.worker} {how}{status}{reason}{tail}", view.worker, view.exit_status, view.log_tail)

@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from slurmfork.engine import wire
+from slurmfork.engine import loss, wire
 from slurmfork.engine.background import background
-from slurmfork.engine.caller import LOSS_PATIENCE_S, Connection
+from slurmfork.engine.caller import Connection
 from slurmfork.engine.codec import Packed, pack, pack_pickle
 from slurmfork.engine.failures import worker_failed
 from slurmfork.engine.pending import Lost
@@ -93,6 +93,8 @@ class Worker:
         return self._submit(method, packed(args, kwargs, codec), engine, seconds(timeout), codec)
 
     def _submit(self, method: str, value: Packed, engine: str, timeout: float | None, codec: Codec) -> Future[Any]:
+        _names(method=method, engine=engine)
+
         def make(number: int, received: list[int]) -> wire.Message:
             return wire.Call(number, self.name, engine, method, codec is not None, 0, received)
 
@@ -121,6 +123,8 @@ class Worker:
     def _begin_stream(
         self, method: str, value: Packed, engine: str, codec: Codec, sink: Callable[..., None]
     ) -> tuple[Callable[[int], None], Callable[[], None]]:
+        _names(method=method, engine=engine)
+
         def make(number: int, received: list[int]) -> wire.Message:
             return wire.Call(number, self.name, engine, method, codec is not None, WINDOW, received)
 
@@ -136,7 +140,13 @@ class Worker:
         """Make another object of ``package.module:Class`` in the worker's process, with a thread of its own."""
         result(self._create(name, path, packed(args, kwargs, None)))
 
+    async def acreate_engine(self, name: str, path: str, *args: Any, **kwargs: Any) -> None:
+        """The same for a program with an event loop."""
+        await self._connect_first()
+        await asyncio.wrap_future(self._create(name, path, packed(args, kwargs, None)))
+
     def _create(self, name: str, path: str, value: Packed) -> Future[Any]:
+        _names(name=name, path=path)
         if not name:
             raise UsageError("an engine needs a name; the one without is the worker's own")
         if not all(path.partition(":")):
@@ -148,6 +158,7 @@ class Worker:
         result(self._remove(name))
 
     def _remove(self, name: str) -> Future[Any]:
+        _names(name=name)
         return self._request(lambda number, _: wire.Remove(number, self.name, name), wire.NOTHING, None)
 
     def health(self, timeout: float | None = 10.0) -> dict[str, Any]:
@@ -182,7 +193,7 @@ class Worker:
                 return self._connection
             if self._connection is not None:
                 self._view = self._look()
-            until = time.monotonic() + LOSS_PATIENCE_S
+            until = time.monotonic() + loss.PATIENCE_S
             while True:
                 try:
                     made = self._connection = background().run(connected(self._source, self._view))
@@ -206,6 +217,12 @@ def packed(args: Sequence[Any], kwargs: dict[str, Any], codec: Codec) -> Packed:
     if codec not in (None, "pickle"):
         raise UsageError(f"codec is None or 'pickle', not {codec!r}")
     return (pack_pickle if codec else pack)([list(args), kwargs])
+
+
+def _names(**words: object) -> None:
+    for what, word in words.items():
+        if not isinstance(word, str):
+            raise UsageError(f"{what} is a word, in quotes, not {word!r}")
 
 
 def seconds(timeout: float | None) -> float | None:

@@ -58,10 +58,10 @@ class Pending:
                 self.future.set_exception(error)
 
 
-def failure_of(arrived: Arrived, packages: Collection[str]) -> Exception:
+def failure_of(arrived: Arrived, pending: Pending) -> Exception:
     """Why a call failed."""
     try:
-        return unpack_failure(arrived.body, arrived.buffers, packages)
+        return unpack_failure(arrived.body, arrived.buffers, pending.packages, pending.worker)
     except (CodecError, ValueError) as error:
         return CodecError(f"why the call failed cannot be read: {error}")
 

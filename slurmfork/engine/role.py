@@ -23,6 +23,8 @@ from slurmfork.engine.futures import gathered
 from slurmfork.engine.handle import Codec, Worker, packed, result, seconds, up
 from slurmfork.engine.source import Source
 from slurmfork.errors import UsageError
+from slurmfork.messages import WorkerView
+from slurmfork.names import WorkerState
 from slurmfork.spec.model import Spec
 
 
@@ -30,14 +32,20 @@ class Role:
     """All workers of a role that hosts engines."""
 
     def __init__(
-        self, source: Source, name: str, packages: frozenset[str] = frozenset(), spec: Spec | None = None
+        self,
+        source: Source,
+        name: str,
+        packages: frozenset[str] = frozenset(),
+        spec: Spec | None = None,
+        views: Sequence[WorkerView] | None = None,
     ) -> None:
         self.name = name
-        views = source.engine_views(name)
+        views = source.engine_views(name) if views is None else views
         if not views:
             hint = _hint(spec, name) if spec is not None else ""
             raise UsageError(f"run {source.run_id} has no worker of a role {name!r}{hint}")
-        self.workers = [Worker(source, up(view), packages) for view in sorted(views, key=lambda view: view.index)]
+        there = [view for view in views if view.state is not WorkerState.STOPPED] or views
+        self.workers = [Worker(source, up(view), packages) for view in sorted(there, key=lambda view: view.index)]
         self._source = source
 
     def __repr__(self) -> str:
@@ -45,9 +53,10 @@ class Role:
 
     def worker(self, index: int) -> Worker:
         """One of them; raises UsageError."""
-        if not 0 <= index < len(self.workers):
+        found = next((worker for worker in self.workers if worker.index == index), None)
+        if found is None:
             raise UsageError(f"{self.name} has {len(self.workers)} workers, from 0; there is no {index!r}")
-        return self.workers[index]
+        return found
 
     def call(
         self,
@@ -98,9 +107,14 @@ class Role:
         engine: str = "",
         timeout: float | None = None,
         codec: Codec = None,
+        **kwargs: Any,
     ) -> list[Any]:
-        """Call a method on all workers, each with its own of ``arguments``: a tuple of them, or a single one."""
-        results: list[Any] = result(self.submit_scatter(method, arguments, engine=engine, timeout=timeout, codec=codec))
+        """Call a method on all workers, each with its own of ``arguments``: a tuple of them, or a single one.
+
+        Keywords are the same for all.
+        """
+        begun = self.submit_scatter(method, arguments, engine=engine, timeout=timeout, codec=codec, **kwargs)
+        results: list[Any] = result(begun)
         return results
 
     async def ascatter(
@@ -111,11 +125,12 @@ class Role:
         engine: str = "",
         timeout: float | None = None,
         codec: Codec = None,
+        **kwargs: Any,
     ) -> list[Any]:
         """The same for a program with an event loop."""
         await self._connect()
         return await asyncio.wrap_future(
-            self.submit_scatter(method, arguments, engine=engine, timeout=timeout, codec=codec)
+            self.submit_scatter(method, arguments, engine=engine, timeout=timeout, codec=codec, **kwargs)
         )
 
     def submit_scatter(
@@ -126,12 +141,13 @@ class Role:
         engine: str = "",
         timeout: float | None = None,
         codec: Codec = None,
+        **kwargs: Any,
     ) -> Future[list[Any]]:
         """Begin the same; a future of the results."""
         if len(arguments) != len(self.workers):
             raise UsageError(f"{self.name} has {len(self.workers)} workers, and there are {len(arguments)} arguments")
         timeout = seconds(timeout)
-        values = [packed(one if isinstance(one, tuple) else (one,), {}, codec) for one in arguments]
+        values = [packed(one if isinstance(one, tuple) else (one,), kwargs, codec) for one in arguments]
         pairs = zip(self.workers, values, strict=True)
         return gathered([worker._submit(method, value, engine, timeout, codec) for worker, value in pairs])
 
