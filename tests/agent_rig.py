@@ -170,6 +170,9 @@ class Rig:
         """Start an agent and wait until it has joined."""
         self.launch(node, **options)
         await self.until(lambda: node in self.agents, f"agent {node} to join")
+        join = self.agents[node].join
+        if options.get("SLURMFORK_ISOLATION", ISOLATED) == "namespace":
+            assert join.guarantee == "namespace", join.no_namespace
         return self.agents[node]
 
     async def ask(self, op: str, body: Any, kind: type[T], node: str = "n0") -> T:

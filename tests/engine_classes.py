@@ -112,7 +112,8 @@ class Engine:
         return [list(args), kwargs]
 
     def pid(self) -> int:
-        return os.getpid()
+        """Its PID on the node, which is another than its own in a namespace."""
+        return slurmfork.current().host_pid
 
     def environment(self, name: str) -> str | None:
         return os.environ.get(name)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from processes import wait_until
-from running import Shell
+from running import ISOLATED, Shell
 
 from slurmfork import process
 from slurmfork.process import Identity
@@ -61,6 +61,12 @@ class Nodes:
         for one in those:
             process.send(one, signal.SIGKILL)
         wait_until(lambda: not any(process.alive(one) for one in those), "what was killed to be gone")
+
+    def gone_with_the_agent(self, node: str) -> dict[str, str]:
+        """What a probe says of whom the end of an agent has ended by itself: in a namespace all workers of its node."""
+        those = [name for name, where in self.node_of.items() if ISOLATED and where == node]
+        wait_until(lambda: not any(process.alive(self.workers[name]) for name in those), "init to end the workers")
+        return {f"_{name.partition('/')[2]}": "gone" for name in those}
 
     def probe(self, *options: str, verb: str = "ps", status: int = 0) -> dict[str, Any]:
         done = self.shell.call(verb, self.run_id, "--probe", "--json", *options)

@@ -15,6 +15,7 @@ from slurmfork import process
 
 PATIENCE = 120.0
 ISOLATED = os.environ.get("SLURMFORK_TEST_ISOLATION")  # namespace: all runs of a shell's, in namespaces
+GUARANTEE = "namespace" if ISOLATED else "rings"  # of a node of these, where no cgroup tracker of Slurm's is
 
 
 class Shell:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import pytest
 from processes import wait_until
-from running import Shell
+from running import GUARANTEE, Shell
 
 from slurmfork import process
 
@@ -237,11 +237,11 @@ def test_run_ends_when_nobody_reads_it_any_more(local: Shell, lost: str) -> None
 def test_status_and_ps_of_a_living_run(local: Shell, run_id: str) -> None:
     status = local.status(run_id)
     assert status["workers"] == {"ready": 0, "running": 2, "failed": 0, "total": 2}
-    assert [node["guarantee"] for node in status["nodes"]] == ["rings"]
+    assert [node["guarantee"] for node in status["nodes"]] == [GUARANTEE]
     assert status["source"] == "head"
     text = local.call("status", run_id).stdout
     assert "2 of 2 up" in text
-    assert "rings" in text
+    assert GUARANTEE in text
     workers = local.ps(run_id)
     assert [w["worker"] for w in workers] == ["rollout/0", "rollout/1"]
     assert all(process.identify(w["pid"]) for w in workers)

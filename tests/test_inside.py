@@ -34,6 +34,8 @@ from slurmfork.names import WorkerState
 EXAMPLES = ROOT / "docs" / "examples"
 GROUP = "46113"  # nobody else's
 GROUPED, FORBIDDEN = "SLURMFORK_TEST_GROUPED", "SLURMFORK_TEST_FORBIDDEN"
+BECOMING = "SLURMFORK_TEST_BECOMING"  # `id`, root's and set-uid
+OVERFLOW = Path("/proc/sys/kernel/overflowuid").read_text().strip()  # whose files are that are nobody's
 PY_SPY = "py-spy==0.4.3"
 OVER = (WorkerState.EXITED, WorkerState.FAILED)
 HAVE = {"bwrap": "bubblewrap", "gdb": "gdb"}  # programs, and Debian's packages that have them
@@ -196,6 +198,25 @@ async def test_what_a_supplementary_group_may_read(rig: Rig) -> None:
     assert (await says(rig, *python(script, os.environ[GROUPED], os.environ[FORBIDDEN]))).split() == ["shared", "no"]
 
 
+OTHERS = """
+import os, subprocess, sys
+becoming, made, group = sys.argv[1:]
+print(subprocess.check_output([becoming, "-u"], text=True).strip(), os.stat("/").st_uid)
+open(made, "w").close()
+try: os.chown(made, -1, int(group))
+except OSError as error: print("refused", os.strerror(error.errno))
+"""
+
+
+@pytest.mark.skipif(BECOMING not in os.environ, reason="as a user who is not root: test_all_of_this_as_another")
+async def test_there_is_no_other_user(rig: Rig, tmp_path: Path) -> None:
+    """A set-uid program stays its caller's, files of others are nobody's, and of no group but the user's can any be."""
+    becoming = os.environ[BECOMING]
+    assert subprocess.check_output([becoming, "-u"], text=True).strip() == "0", "set-uid has no effect here at all"
+    said = await says(rig, *python(OTHERS, becoming, str(tmp_path / "made"), GROUP))
+    assert said.splitlines() == [f"{os.geteuid()} {OVERFLOW}", "refused Invalid argument"]
+
+
 LIMITS = "import json, resource; print(json.dumps([resource.getrlimit(number) for number in range(16)]))"
 
 
@@ -325,5 +346,7 @@ def test_all_of_this_as_another(torch_python: str, py_spy: str) -> None:
             path.chmod(0o640)
             os.chown(path, 0, group)
             environment[name] = str(path)
+        environment[BECOMING] = shutil.copy("/usr/bin/id", commons / "id")
+        Path(environment[BECOMING]).chmod(0o4755)
         under = as_nobody(commons, kept, group=GROUP)
         again(under, commons, __file__, "-k", "not as_another and not srun", **environment)

@@ -65,8 +65,9 @@ def test_an_agent_that_was_killed(nodes: Nodes) -> None:
     """Its guardian cannot clean up behind it yet: workers live, and nobody watches them."""
     with nodes.frozen(nodes.batch, nodes.head, *nodes.guardians.values()):
         nodes.kill(nodes.agents["local1"])
+        gone = nodes.gone_with_the_agent("local1")
         found = nodes.probe()
-        assert verdicts(found) == all_alive(nodes)
+        assert verdicts(found) == all_alive(nodes, **gone)
         assert [node["agent"] for node in found["nodes"]] == ["alive", "gone", "alive"]
         assert found["differences"] == [], "no head answers: nothing to compare with"
 
@@ -100,10 +101,11 @@ def test_a_pid_that_was_reused(nodes: Nodes) -> None:
     doomed = nodes.workers["rollout/2"]
     with nodes.frozen(nodes.batch, nodes.head, nodes.guardians["local1"], nodes.agents["local1"]):
         nodes.kill(nodes.agents["local1"], nodes.guardians["local1"], doomed)  # nobody is left to record its end
+        gone = nodes.gone_with_the_agent("local1")
         decoy = occupy(doomed.pid)
         try:
             found = nodes.probe()
-            assert verdicts(found) == all_alive(nodes, _2="not ours")
+            assert verdicts(found) == all_alive(nodes, **{**gone, "_2": "not ours"})
             assert reason(found, "rollout/2") == f"pid {doomed.pid} is another process by now (sleep)"
         finally:
             decoy.kill()

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from processes import kill_at_once
@@ -20,6 +21,8 @@ from running import Shell
 
 from slurmfork import process
 from slurmfork.process import Identity
+
+Strike = Callable[[], object]
 
 KINDS = ("worker", "P", "S", "D", "E")
 PATIENCE = 30.0
@@ -87,23 +90,31 @@ def _stepd(guardian: int) -> int:
     return stat.parent
 
 
-def _kills(*parts: str) -> Callable[[Scene], None]:
-    return lambda scene: kill_at_once(*scene.pids(*parts))
+def _kills(*parts: str) -> Callable[[Scene], Strike]:
+    return lambda scene: partial(kill_at_once, *scene.pids(*parts))
+
+
+def _command(*words: str) -> Callable[[Scene], Strike]:
+    verb, *rest = words
+    return lambda scene: partial(scene.shell.json, verb, scene.run_id, *rest)
 
 
 @dataclass(frozen=True)
 class Event:
-    """What happens. ``ends``: the run; a worker's death does if its role says so. ``on``: the backends where it can."""
+    """What happens. ``aim`` finds whom it hits, and returns what does it: only that is timed.
+
+    ``ends``: the run; a worker's death does if its role says so. ``on``: the backends where it can.
+    """
 
     name: str
     words: str
-    strike: Callable[[Scene], object]
+    aim: Callable[[Scene], Strike]
     ends: bool = True
     on: tuple[str, ...] = ("local", "slurm")
 
 
-def _kill_worker(scene: Scene) -> None:
-    os.kill(scene.worker(), signal.SIGKILL)
+def _kill_worker(scene: Scene) -> Strike:
+    return partial(os.kill, scene.worker(), signal.SIGKILL)
 
 
 EVENTS = [
@@ -116,8 +127,8 @@ EVENTS = [
     Event(
         "three", "slurmstepd, guardian, agent SIGKILL at once", _kills("slurmstepd", "guardian", "agent"), on=("slurm",)
     ),
-    Event("stop", "stop, the run goes on", lambda scene: scene.shell.json("stop", scene.run_id, "w"), ends=False),
-    Event("cancel", "cancel", lambda scene: scene.shell.json("cancel", scene.run_id)),
+    Event("stop", "stop, the run goes on", _command("stop", "w"), ends=False),
+    Event("cancel", "cancel", _command("cancel")),
 ]
 
 
@@ -173,8 +184,9 @@ def measure(shell: Shell, event: Event, isolation: str, place: str, *, unawaited
     """One try. For ``unawaited`` nobody waits."""
     cell = Cell(event.name, isolation, place)
     with begun(shell, event, isolation, place.partition(" ")[0]) as scene:
+        strike = event.aim(scene)
         began = time.monotonic()
-        event.strike(scene)
+        strike()
         cell.left = _awaited(scene, unawaited)
         if not cell.left:
             cell.seconds = time.monotonic() - began
@@ -211,10 +223,11 @@ WORDS = {"g": "gone", "l": "**lives**"}
 
 INTRO = """A worker starts **P**, a plain `sleep`; **S**, one in a session of its own; **D**, one that forked twice,
 with a `setsid` after each; and **E**, as D, that has also shed its environment, its directory and every descriptor.
-Then something dies, and {patience:g} s later one looks who lives. Nobody runs `slurmfork clean`, and no cgroup tracker
-of Slurm's helps. *In the run*: while that goes on, nothing tells whose it was; it ends with the run. Made by
-`scripts/whokills`, of {tries} tries on {places}; **s** is the longest that it took, with 1 s of the
-worker's grace. The neighbours' rows were measured once, on a like machine, without E."""
+Then something dies, and {patience:g} s later one looks who lives. Nobody runs `slurmfork clean`, and no cgroup
+tracker of Slurm's helps. *In the run*: while that goes on, nothing tells whose it was; it ends with the run. Made by
+`scripts/whokills`, of {tries} tries on {places}; **s** is the longest that it took from the signal, or from the
+start of the command, with 1 s of the worker's grace. The neighbours' rows were measured once, on a like machine,
+without E."""
 
 
 def table(cells: list[Cell]) -> str:
