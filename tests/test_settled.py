@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slurmfork import run as runs
+from slurmfork.backends.base import PATIENCE_S
 from slurmfork.cli import attached, progress
 from slurmfork.messages import WorkerView
 from slurmfork.names import RunState
@@ -49,9 +50,7 @@ class Looks:
         self.patience = 0.0
         monkeypatch.setattr(runs, "statuses", self.statuses)
 
-    def statuses(
-        self, asked: Sequence[Run], patience: float = runs.PATIENCE_S
-    ) -> list[tuple[RunStatus, list[WorkerView]]]:
+    def statuses(self, asked: Sequence[Run], patience: float = PATIENCE_S) -> list[tuple[RunStatus, list[WorkerView]]]:
         self.count, self.patience = self.count + 1, max(self.patience, patience)
         state, source = self.left.pop(0) if len(self.left) > 1 else self.left[0]
         one = asked[0]
@@ -102,13 +101,12 @@ def test_who_follows_does_not_look_on_and_on(run: Run, monkeypatch: pytest.Monke
     looks = Looks(monkeypatch, SAID)
     beginning = time.monotonic()
 
-    def nap(seconds: float) -> None:
-        if time.monotonic() > beginning + 2:
-            looks.left = [OVER]
+    class Ending(Screen):
+        def look(self, *, final: bool = False) -> None:
+            if time.monotonic() > beginning + 2:
+                looks.left = [OVER]
 
-    pause = time.sleep
-    monkeypatch.setattr(attached.time, "sleep", lambda seconds: (nap(seconds), pause(seconds)))
-    assert attached._to_the_end(run, Screen()) == 1  # type: ignore[arg-type]
+    assert attached._to_the_end(run, Ending()) == 1  # type: ignore[arg-type]
     assert looks.count < 6
 
 
