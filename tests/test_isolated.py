@@ -13,11 +13,10 @@ from namespaced import again, common, may_make_namespaces
 
 HERE = Path(__file__).parent
 FILES = {  # and which of their tests
-    "test_agent_door.py": "",
     "test_agent_end.py": "",
     "test_agent_stop.py": "",
     "test_agent_workers.py": "",
-    "test_cli_local.py": "status_and_ps_of or test_fork_and_stop or leave_the_living_alone",
+    "test_cli_local.py": "status_and_ps_of or test_fork_and_stop",
     "test_engine_ends.py": "started_again",
     "test_local_run.py": "lost_agent_and_guardian or cuts_a_long_stop_short",
     "test_probing.py": "agent_that_was_killed or no_record_names",

@@ -136,3 +136,14 @@ async def test_an_agent_is_asked_at_once_whether_it_is_there_when_the_run_ends(
     house.members.close()
     assert await asyncio.wait_for(link.asked.get(), PATIENCE) == "ping"
     asking.cancel()
+
+
+async def test_of_what_srun_complains_the_node_is_what_counts(house: House) -> None:
+    log = BatchLog(house.rundir)
+    house.say(
+        "srun: error: Task launch for StepId=3.0 failed on node n2: Job credential expired",
+        "srun: error: Application launch failed: Job credential expired",
+        "srun: error: n1: task 0: Exited with exit code 1",
+        "srun: Job step aborted: Waiting up to 7 seconds for job step to finish.",
+    )
+    assert await log.trouble() == "Task launch for StepId=3.0 failed on node n2: Job credential expired"

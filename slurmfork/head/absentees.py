@@ -20,7 +20,7 @@ _ENDED = re.compile(
     r"srun: error: (\S+): tasks? \S+: (Exited with exit code \d+|Terminated|Killed|Aborted|.*core dump.*)"
     r"|slurmfork: the agent of (\S+) (ended with \d+)"
 )
-_TROUBLE = re.compile(r"srun: error: (?!\S+: tasks? )(.+)")
+_TROUBLE = re.compile(r"srun: error: (?!\S+: tasks? |Application launch failed)(.+)")  # which names no node
 
 
 class BatchLog:

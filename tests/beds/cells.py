@@ -72,7 +72,6 @@ SITED = [
             "short-memory",
             "preempt",
             "interactive",
-            "pmix",
             "autobind",
             "rate-limit",
             "old-commands",
@@ -81,6 +80,7 @@ SITED = [
     *(Place("24.11", "cgroup", True, site) for site in ("tmpfs", "rate-limit", "adopt", "export-none")),
     *(Place("26.05", "cgroup", True, site) for site in ("tmpfs", "rate-limit")),
     Place("24.11", "linuxproc", False, "private-data", "nobody"),
+    Place("24.11", "linuxproc", False, "pmix"),  # its root has the library that Slurm's plugin is made for
 ]
 SITE_SCENARIOS = ("cancel", "fork", "scancel", "end-0", "end-3")
 EVERY = ("cancel", "fork", "scancel", "time-limit", "requeue", "preempt", "restart", "end-0", "end-3")

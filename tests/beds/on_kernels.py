@@ -101,9 +101,9 @@ def freeze(bed: Bed, mark: int) -> None:
     gone(bed, mark)
 
 
-@scenario("clock", "a node's clock is four minutes ahead, which munge bears: the run starts, and says so", kernels=True)
+@scenario("clock", "a node's clock is 90 s ahead, which Slurm bears: the run starts, and says so", kernels=True)
 def clock(bed: Bed, mark: int) -> None:
-    bed.deed("n2", "clock", "240")
+    bed.deed("n2", "clock", "90")
     run_id = bed.ready(spec(mark))
     notes = {one["node"]: " ".join(one["notes"]) for one in bed.status(run_id)["nodes"]}
     assert "ahead of the head's" in notes["n2"], notes
