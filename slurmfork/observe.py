@@ -221,7 +221,7 @@ def _awaits_scheduler(end: EndRecord, report: JobReport) -> bool:
     if not end.outside or end.state is not RunState.CANCELLED:
         return False
     going_on = report.state is not None and report.state not in ENDED_STATES
-    return going_on and time.time() - end.ended < LATE_WORD
+    return going_on and abs(time.time() - end.ended) < LATE_WORD  # the node's clock may be ahead of ours
 
 
 def _changed(path: Path) -> float:

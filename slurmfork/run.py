@@ -8,6 +8,7 @@ run.cancel()
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 SETTLE_S = 15.0  # heads linger for 10 at their end
 POLL = 0.05  # seconds between looks at a file that another node will write
 SCHEDULER_POLL = 2.0  # seconds between asking the backend, which asks Slurm still more seldom
+WORD_POLL = 0.5  # the same, where it has just told more than it reports
+LEAST_PATIENCE = 1.0
 QUICK = 5.0  # seconds for the scheduler's word where somebody sits and waits for an answer
 END_PATIENCE = 60.0
 END_MARGIN = 20.0  # seconds beyond the workers' grace that an end in order may take
@@ -160,22 +163,19 @@ class Run:
         deadline = None if timeout is None else time.monotonic() + timeout
         for status in self.progress(deadline):
             if status.over or (for_ == "ready" and status.state is RunState.READY):
-                return self.settled(status)
+                return status
         raise TimeoutError(f"run {self.run_id} is not {for_} after {timeout:g} s")
 
-    def settled(self, status: RunStatus) -> RunStatus:
-        """That status; of a run that its head calls over the one with the end record, which comes a moment later, and
-        of one that was ended from outside the one with the scheduler's word.
+    def settled(self, status: RunStatus, deadline: float | None = None) -> RunStatus:
+        """That status; of a run that its head calls over the one with the end record, which comes a moment later.
 
-        Where it cannot be written, what is known when the head has left.
+        It need not be over, then: Slurm has yet to say why it was ended, or has it in its queue again. Where the end
+        cannot be written, or at ``deadline``, a time of time.monotonic(), what is known then.
         """
-        deadline = time.monotonic() + SETTLE_S
-        while status.over and status.source in ("head", "saved") and time.monotonic() < deadline:
+        until = time.monotonic() + SETTLE_S
+        while status.over and status.source in ("head", "saved") and time.monotonic() < min(until, deadline or until):
             time.sleep(POLL)
-            status = self.status()
-        while status.source == "end" and not status.over:
-            self._await_word(None)
-            status = self.status()
+            status = self._status_by(deadline)
         return status
 
     def progress(self, deadline: float | None = None) -> Iterator[RunStatus]:
@@ -184,7 +184,7 @@ class Run:
         Stops at the run's end, or at ``deadline``, a time of time.monotonic(). Raises RunDirError if it is damaged.
         """
         while deadline is None or time.monotonic() < deadline:
-            status = self.status()
+            status = self.settled(self._status_by(deadline), deadline)
             if status.state is RunState.UNKNOWN:
                 raise RunDirError(status.reason)
             yield status
@@ -209,7 +209,9 @@ class Run:
                     if deadline is not None and time.monotonic() >= deadline:
                         return
                     if event.seq > status.seq and event.kind in ("run", "worker", "node"):
-                        status = self.status()  # it may hold many events that are still to come
+                        status = self._status_by(deadline)  # it may hold many events that are still to come
+                        if status.over:  # by the head's word, which is not the last one
+                            return
                         yield status
         except (TimeoutError, Unreachable, RunDirError):
             return
@@ -225,11 +227,20 @@ class Run:
 
     def _await_word(self, deadline: float | None) -> None:
         """Wait until the scheduler, too, calls the job over; or a moment, after which it may be asked again."""
+        if self.job is not None and self.backend.ended(self.rundir, self.job):  # its report is older than that
+            time.sleep(min(WORD_POLL, max(0.0, (deadline or math.inf) - time.monotonic())))
+            return
         until = time.monotonic() + SCHEDULER_POLL
         while time.monotonic() < min(until, deadline or until):
             time.sleep(POLL)
             if self.job is not None and self.backend.ended(self.rundir, self.job):
                 return
+
+    def _status_by(self, deadline: float | None) -> RunStatus:
+        """The status, for which the scheduler is not waited for beyond ``deadline``."""
+        if deadline is None:
+            return self.status()
+        return statuses([self], min(PATIENCE_S, max(LEAST_PATIENCE, deadline - time.monotonic())))[0][0]
 
     # --- engines
 
@@ -305,6 +316,7 @@ class Run:
         if end := self._end():
             if self.record.requeue and end.outside and self.job is not None:  # Slurm may have it in its queue again
                 self.backend.cancel(self.rundir, self.job, END_MARGIN)
+                self.rundir.secrets.unlink(missing_ok=True)  # which were kept for that
             return CancelReply(state=end.state, survivors=end.survivors, unverified=end.unverified)
         request = checked(CancelRequest(reason=reason))
         reply = self._ask_head_to_cancel(request)

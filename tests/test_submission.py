@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 from processes import wait_until
 from running import Shell, environ_of
@@ -34,3 +36,13 @@ def test_a_run_whose_submitter_was_killed_is_cancelled_though_its_head_comes_lat
     output, words = cancel.communicate(timeout=60)
     assert json.loads(output)["survivors"] == 0, words
     wait_until(lambda: not local.left(run_id), "the run to be gone")
+
+
+def test_no_secret_is_kept_for_a_next_attempt_where_nobody_queues_runs_again(local: Shell) -> None:
+    local.env["MYSECRET"] = "x"
+    run_id = local.ready(local.spec(PAIR + "    requeue: true\n    secrets: [MYSECRET]\n"), "--backend", "local")
+    secrets = local.root / run_id / "credentials" / "secrets.json"
+    assert secrets.exists()
+    os.kill(int(local.status(run_id)["job_id"]), signal.SIGTERM)
+    assert local.call("wait", run_id).returncode == 1
+    assert not secrets.exists()

@@ -125,11 +125,12 @@ class _Screen:
 
 def _to_the_end(run: Run, screen: _Screen) -> int:
     shown, told = progress.Plain(), set[str]()
-    due = 0.0
+    due, ended = 0.0, False
     while True:
         now = time.monotonic()
-        if now >= due or run.rundir.end.exists():
-            status = run.status()
+        if now >= due or (not ended and run.rundir.end.exists()):
+            ended = run.rundir.end.exists()  # which need not be the end: Slurm may have yet to say why, or requeue it
+            status = run.settled(run.status())
             if status.over:
                 break
             with screen.watched():

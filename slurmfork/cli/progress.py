@@ -107,6 +107,6 @@ def until(run: Run, goal: str, shown: Face, timeout: float | None = None) -> Run
     deadline = None if timeout is None else time.monotonic() + timeout
     for status in run.progress(deadline):
         if status.over or (goal == "ready" and status.state is RunState.READY):
-            return run.settled(status)
+            return status
         shown.show(status)
     raise Late(f"{run.run_id} is not {goal} after {output.span(timeout or 0)}; it goes on")

@@ -27,7 +27,7 @@ async def settled(
     loop = asyncio.get_running_loop()
     pause, until = _PAUSE_S, loop.time() + PATIENCE_S
     while any(calls) and loop.time() < until:
-        workers = {pending.worker for some in calls for pending in some.values()}
+        workers = {pending.worker for some in calls for pending in list(some.values())}
         views = await loop.run_in_executor(None, views_of, source, workers)
         for some in calls:
             for number, pending in list(some.items()):

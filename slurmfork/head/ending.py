@@ -203,7 +203,8 @@ class Ending:
             self._table.set_state(RunState.PENDING, "requeued at its time limit")
         else:
             self._table.set_state(verdict.state, verdict.reason, verdict.exit_status)
-        comes_back = requeued or (verdict.outside and self._spec.requeue)  # then its secrets are needed again
+        may_be_requeued = self._spec.requeue and self._spec.backend == "slurm"
+        comes_back = requeued or (verdict.outside and may_be_requeued)  # then its secrets are needed again
         try:
             await asyncio.wait_for(self._record(None if requeued else record, comes_back), DISK_PATIENCE)
         except asyncio.TimeoutError:
