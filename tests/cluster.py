@@ -101,6 +101,19 @@ class Factory(Protocol):
     def __call__(self, **shape: Any) -> MiniCluster: ...
 
 
+def words_of(home: Path) -> list[str]:
+    """Processes that name the cluster's directory in their command line or environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if f"{home}/".encode() in words or f"={home}\0".encode() in words:
+            found.append(f"{entry.name}: {words[:80]!r}")
+    return found
+
+
 @pytest.fixture(scope="session")
 def minicluster() -> Iterator[Factory]:
     """minicluster(nodes=2, gpus=4): a cluster that is up; the same one for the same shape, all session long.

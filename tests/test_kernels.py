@@ -10,7 +10,7 @@ import pytest
 from beds import on_kernels
 from beds.bed import FOREVER, Bed
 from beds.scenarios import REGISTRY
-from cluster import MiniCluster
+from cluster import MiniCluster, words_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -45,7 +45,9 @@ def bed() -> Iterator[Bed]:
         cluster.up(slurm=RELEASE, kernels=True, nodes=2, gpus=2, cpus=4)
         yield Bed(cluster.name)
     finally:
+        home = cluster.home
         cluster.down()
+        assert words_of(home) == []
 
 
 @pytest.fixture

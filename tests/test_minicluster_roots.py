@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import SCRIPT, MiniCluster
+from cluster import SCRIPT, MiniCluster, words_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
@@ -23,19 +23,6 @@ def cluster() -> Iterator[MiniCluster]:
         yield made.up(slurm=RELEASE, nodes=2, gpus=2, cpus=4)
     finally:
         made.down()
-
-
-def words_of(home: Path) -> list[str]:
-    """Processes that name the cluster's directory in their command line or environment."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        if f"{home}/".encode() in words or f"={home}\0".encode() in words:
-            found.append(f"{entry.name}: {words[:80]!r}")
-    return found
 
 
 def test_another_release_serves_and_leaves_nothing(cluster: MiniCluster) -> None:

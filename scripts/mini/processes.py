@@ -46,7 +46,7 @@ def belongs(cluster: Cluster, pid: int) -> bool:
     """A daemon of ours carries the tag; what a job of ours started carries our conf and a node's name.
 
     A shell that merely uses the cluster has the conf too, and must live. sshd writes its title over its environment,
-    and is known by where its errors go.
+    and is known by where its errors go; an ssh that keeps a connection to a node, by the title itself.
     """
     found = environ(pid)
     if found.get(TAG) == str(cluster.home):
@@ -55,6 +55,8 @@ def belongs(cluster: Cluster, pid: int) -> bool:
         return True
     if executable(pid).startswith("linux") and f"bed={cluster.home}" in command_line(pid):
         return True  # a node's kernel, and each address space in it
+    if executable(pid) == "ssh" and "".join(command_line(pid)[:1]).startswith(f"ssh: {cluster.home}/"):
+        return True
     return executable(pid).startswith("sshd") and errors(pid).startswith(f"{cluster.home}/log/")
 
 

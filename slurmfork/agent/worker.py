@@ -126,6 +126,12 @@ class Worker:
             if self.order.ready is not None:
                 self._checking = asyncio.ensure_future(self._await_ready())
 
+    def _relaunched(self) -> None:
+        """As ``launched``, for one that runs again: it may end before whoever had it started hears of the start."""
+        self.launched()
+        if self._leader is not None:
+            self._winding_up = None
+
     def call_off(self) -> None:
         """It is not to be started any more, should it not be yet."""
         if self._launch is not None:
@@ -262,16 +268,15 @@ class Worker:
         if not self._wanted or self._site.closing:
             return False
         self.view.restarts += 1
-        await self._site.starter.start([self.launch()], self.launched)
-        failure = self.start_failure
-        if self._leader is None:
-            if failure and self._wanted and not self._site.closing:
-                self._standing.become(WorkerState.FAILED, f"not restarted: {failure}")
+        launch = self.launch()
+        await self._site.starter.start([launch], self._relaunched)
+        if launch.leader is None:
+            if launch.failure and self._wanted and not self._site.closing:
+                self._standing.become(WorkerState.FAILED, f"not restarted: {launch.failure}")
             return False
-        if failure:
-            log.error("%s runs again, but %s", self.name, failure)
-        self._winding_up = None
-        if not self._wanted:  # it was stopped while it was being started
+        if launch.failure:
+            log.error("%s runs again, but %s", self.name, launch.failure)
+        if not self._wanted and self._winding_up is None:  # it was stopped while it was being started
             self._begin_stop()
         self._site.reap()
         return True
@@ -323,7 +328,7 @@ class Worker:
         await asyncio.sleep(0)  # let a task that was just made begin
         if self._stopping is not None and grace is not None:
             self._stopping.hasten(grace, bound)
-        if self._winding_up is not None:
+        while self._winding_up is not None and not self._winding_up.done():  # another, if it was being started again
             await asyncio.shield(self._winding_up)
         hangs = ["its start hangs, in the file system of its program, log or journal"] if self._in_hand else []
         return StopResult(
