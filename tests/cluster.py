@@ -102,7 +102,7 @@ class Factory(Protocol):
 
 
 def words_of(home: Path) -> list[str]:
-    """Processes that name the cluster's directory in their command line or environment."""
+    """Processes that name the cluster's directory in their command line or environment, zombies aside."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import SCRIPT, UNAVAILABLE, Factory, MiniCluster, minicluster, outside_of_slurm
+from cluster import SCRIPT, UNAVAILABLE, Factory, MiniCluster, minicluster, outside_of_slurm, words_of
 from processes import wait_until
 
 __all__ = ["minicluster"]
@@ -30,19 +30,6 @@ def fresh() -> Iterator[Callable[[], MiniCluster]]:
     yield get
     for cluster in made:
         cluster.down()
-
-
-def remains(home: Path) -> list[str]:
-    """Processes with the cluster's directory in their command line or environment, zombies aside."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
-        except OSError:
-            continue
-        if f"{home}/".encode() in words or f"={home}\0".encode() in words:
-            found.append(f"{entry.name}: {words[:80]!r}")
-    return found
 
 
 def control_groups(cluster: MiniCluster) -> list[Path]:
@@ -115,7 +102,7 @@ def test_down_leaves_nothing_of_a_busy_cluster(proctrack: str, fresh: Callable[[
     wait_until(lambda: len(sleeping(seconds)) == 6, "six sleepers")
     cluster.down()
     assert sleeping(seconds) == []
-    assert remains(home) == []
+    assert words_of(home) == []
     assert control_groups(cluster) == []
     assert not home.exists()
     assert not list(home.parent.glob(f".{cluster.name}*"))
@@ -141,7 +128,7 @@ def test_down_after_up_was_killed_midway(fresh: Callable[[], MiniCluster]) -> No
     if start.returncode == UNAVAILABLE:
         cluster.up(nodes=16)  # skips or fails, and says why
     cluster.down()
-    assert remains(home) == []
+    assert words_of(home) == []
     assert not home.exists()
 
 
@@ -154,7 +141,7 @@ def test_a_failing_up_says_why_and_takes_itself_down(fresh: Callable[[], MiniClu
     assert done.returncode == 1
     assert done.stderr.startswith("minicluster: slurmctld ended with status 1\n")
     assert "NoSuchKey" in done.stderr
-    assert remains(home) == []
+    assert words_of(home) == []
     assert not home.exists()
 
 
