@@ -276,8 +276,8 @@ class Worker:
             return False
         if launch.failure:
             log.error("%s runs again, but %s", self.name, launch.failure)
-        if not self._wanted and self._winding_up is None:  # it was stopped while it was being started
-            self._begin_stop()
+        if not self._wanted and self._winding_up is None and self.view.state in LIVE_STATES:
+            self._begin_stop()  # it was stopped while it was being started, and has not ended meanwhile
         self._site.reap()
         return True
 
